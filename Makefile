@@ -1,0 +1,37 @@
+# Needs Python 3.11 or newer with pip and venv; everything else is set up here, once.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: demo test test-slow lint format clean
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# A cohort, five trained folds, LRP, IG and GGC maps, and how well they find the planted atrophy.
+demo: .venv/ready
+	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 120
+	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
+		--model modelT8 --lr 3e-4 --epochs 50 --device cpu
+	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
+		--model modelT8 --method LRP IG GGC --steps 20 --outpath $(DEMO)/maps --device cpu
+	@cat $(DEMO)/output/metrics.csv
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+
+format: .venv/ready
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(DEMO) .venv

@@ -1,0 +1,332 @@
+"""The cohort: its CSV, the checks on it, and the dataset that reads the scans."""
+
+import csv
+import os
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from utils import InputError, RunError, log
+
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
+AFFINE_TOLERANCE_MM = 1e-3
+MAX_PROBLEMS_SHOWN = 20
+PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
+N_CHECK_THREADS = 8
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A checked cohort.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row a scan: path (as the CSV has it), file (absolute), label, and subject if given.
+    volume_shape : tuple of int, (D, H, W)
+        Shape of every scan, in voxels.
+    like_img : nibabel image
+        The first scan, unread: its header says in which space the cohort lies.
+    """
+
+    table: pd.DataFrame
+    volume_shape: tuple[int, int, int]
+    like_img: SpatialImage
+
+    @property
+    def subjects(self) -> pd.Series | None:
+        """Subject of each scan, None where the CSV has no such column."""
+        return self.table.get("subject")
+
+
+# The CSV
+
+
+def read_rows(csv_path: Path) -> list[tuple[int, list[str]]]:
+    """Return the CSV's rows as (line number, cells), without header row and empty lines."""
+    try:
+        with csv_path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except FileNotFoundError:
+        raise InputError(f"there is no CSV file {csv_path}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{csv_path} cannot be read as a CSV file: {error}") from None
+    rows = [(line, cells) for line, cells in rows if any(cells)]
+    if rows and is_header(rows[0][1]):
+        del rows[0]
+    if not rows:
+        raise InputError(f"{csv_path} lists no scan")
+    return rows
+
+
+def is_header(cells: list[str]) -> bool:
+    """Tell whether the first row names columns instead of a scan."""
+    has_label = len(cells) > 1 and cells[1] in LABELS
+    return not has_label and not cells[0].lower().endswith(IMAGE_SUFFIXES)
+
+
+def find_file(text: str, csv_path: Path) -> Path | None:
+    """Look a path up from the CSV's folder, then from the working directory."""
+    path = Path(text).expanduser()
+    for candidate in (csv_path.parent / path, path):
+        if candidate.is_file():
+            return candidate.resolve()
+    return None
+
+
+def parse_rows(rows: list[tuple[int, list[str]]], csv_path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return the scans that the rows name, with their line, and the problems found."""
+    has_subjects = any(len(cells) > 2 and cells[2] for _, cells in rows)
+    scans, problems, line_of_file = [], [], {}
+    for line, cells in rows:
+        if len(cells) < 2:
+            problems.append(
+                f"row {line}: needs a path and a label separated by a comma, got {cells[0]!r}"
+            )
+            continue
+        label = LABELS.get(cells[1])
+        if label is None:
+            problems.append(f"row {line}: label must be 0 or 1, got {cells[1]!r}")
+        subject = cells[2] if has_subjects and len(cells) > 2 else ""
+        if has_subjects and not subject:
+            problems.append(f"row {line}: the subject is empty while other rows have one")
+        file = find_file(cells[0], csv_path)
+        if file is None:
+            problems.append(f"row {line}: there is no file {cells[0]!r}")
+            continue
+        if file in line_of_file:
+            problems.append(
+                f"row {line}: {cells[0]!r} is listed already, in row {line_of_file[file]}"
+            )
+            continue
+        line_of_file[file] = line
+        scans.append(
+            {"path": cells[0], "file": str(file), "label": label, "subject": subject, "line": line}
+        )
+    columns = ["path", "file", "label", "subject", "line"]
+    table = pd.DataFrame(scans, columns=columns)
+    return table if has_subjects else table.drop(columns="subject"), problems
+
+
+# The scans' headers, and as little of their voxels as it takes
+
+
+def volume_shape_of(img: SpatialImage) -> tuple[int, ...]:
+    """Return an image's shape without trailing axes of length 1."""
+    shape = img.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def is_truncated(img: SpatialImage, file: str) -> bool:
+    """Tell whether a file holds fewer bytes than its header says, from its size or last bytes."""
+    proxy = img.dataobj
+    n_bytes = proxy.offset + int(np.prod(proxy.shape)) * proxy.dtype.itemsize
+    data_path = Path(img.file_map["image"].filename or file)
+    if data_path.suffix not in (".gz", ".mgz"):
+        return data_path.stat().st_size < n_bytes
+    with data_path.open("rb") as compressed:
+        compressed.seek(-4, os.SEEK_END)
+        n_bytes_at_end = int.from_bytes(compressed.read(4), "little")  # RFC 1952: size mod 2³²
+    if n_bytes_at_end == n_bytes % 2**32:
+        return False
+    np.asanyarray(proxy)  # several gzip members, or trailing bytes: only a full read can tell
+    return False
+
+
+def has_contrast(img: SpatialImage) -> bool:
+    """Tell whether two voxels differ, reading from the start only as far as needed."""
+    n_slices = img.shape[2]
+    first_value, start = None, 0
+    for fraction in PROBE_STOPS:
+        stop = max(1, round(n_slices * fraction))
+        slab_data = finite(np.asanyarray(img.dataobj[:, :, start:stop]))[0]
+        if slab_data.size:
+            first_value = slab_data.flat[0] if first_value is None else first_value
+            if (slab_data != first_value).any():
+                return True
+        start = stop
+    return False
+
+
+def check_scan(file: str) -> tuple[SpatialImage | None, str]:
+    """Return a scan's image (header only) and what is wrong with it ("" if nothing)."""
+    try:
+        img = nib.load(file)
+        shape = volume_shape_of(img)
+        if len(shape) != 3 or min(shape) < 1:
+            return None, f"is not a 3D volume but has shape {img.shape}"
+        if np.issubdtype(img.get_data_dtype(), np.complexfloating) or img.get_data_dtype().fields:
+            return None, f"has voxels of type {img.get_data_dtype()}, not one real number each"
+        if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-12:
+            return None, "has an affine that cannot be inverted"
+        if is_truncated(img, file):
+            return None, "is truncated: it holds fewer voxels than its header says"
+        if not has_contrast(img):
+            return None, "has no contrast: all its voxels have the same value"
+    except READ_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return None, f"is not a readable image, or damaged: {reason}"
+    return img, ""
+
+
+def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
+    """Check that all scans are good and in one space; return the first good one and the problems."""
+    with ThreadPoolExecutor(N_CHECK_THREADS) as pool:
+        checks = pool.map(check_scan, table["file"])
+        checked = list(tqdm(checks, total=len(table), desc="checking", unit="scan", disable=None))
+    problems = [
+        f"row {line}: {path} {problem}"
+        for line, path, (_, problem) in zip(table["line"], table["path"], checked, strict=True)
+        if problem
+    ]
+    good = [(row, img) for row, (img, _) in zip(table.itertuples(), checked, strict=True) if img]
+    if not good:
+        return None, problems
+    (common_shape, _), _ = Counter(map(space_of, (img for _, img in good))).most_common(1)[0]
+    like_img = next(img for _, img in good if volume_shape_of(img) == common_shape)
+    for row, img in good:
+        if volume_shape_of(img) != common_shape:
+            problems.append(
+                f"row {row.line}: {row.path} has shape {img.shape}, the other scans {common_shape}"
+            )
+        elif not np.allclose(img.affine, like_img.affine, rtol=0, atol=AFFINE_TOLERANCE_MM):
+            problems.append(
+                f"row {row.line}: {row.path} has another affine than {like_img.get_filename()}:\n"
+                f"{img.affine}\ninstead of\n{like_img.affine}"
+            )
+    return like_img, problems
+
+
+def space_of(img: SpatialImage) -> tuple:
+    """Return a hashable key of an image's shape and affine."""
+    return volume_shape_of(img), np.round(img.affine, 2).tobytes()
+
+
+def read_cohort(csv_path: Path) -> Cohort:
+    """Read the CSV and check every scan in it.
+
+    Of the scans the headers are read, the last bytes, and voxels until two of them differ, so that
+    hundreds of scans are checked in seconds.
+
+    Parameters
+    ----------
+    csv_path : Path
+        Columns path, label (0 or 1) and, optionally, subject; a header row is recognised.
+
+    Returns
+    -------
+    Cohort
+
+    Raises
+    ------
+    InputError
+        With every problem found and its row.
+    """
+    table, problems = parse_rows(read_rows(csv_path), csv_path)
+    like_img, scan_problems = check_scans(table)
+    problems += scan_problems
+    if problems:
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        if len(problems) > len(shown):
+            shown.append(f"… and {len(problems) - len(shown)} more problems")
+        raise InputError(f"{csv_path}:\n  " + "\n  ".join(shown))
+    table = table.drop(columns="line").astype({"label": int})
+    if "subject" in table:
+        warn_about_subjects(table)
+    return Cohort(table, volume_shape_of(like_img), like_img)
+
+
+def warn_about_subjects(table: pd.DataFrame) -> None:
+    """Say how many subjects column 3 names, and which of them have both labels."""
+    n_labels = table.groupby("subject")["label"].nunique()
+    log.info("column 3 is taken as the subject: %d subjects, %d scans", len(n_labels), len(table))
+    mixed = n_labels.index[n_labels > 1]
+    if len(mixed):
+        names = ", ".join(map(str, mixed[:5]))
+        log.warning("%d subjects have scans of both labels: %s", len(mixed), names)
+
+
+# Volumes
+
+
+def finite(data: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return data with non-finite voxels set to 0, and how many there were."""
+    if not np.issubdtype(data.dtype, np.floating):
+        return data, 0
+    bad = ~np.isfinite(data)
+    n_bad = int(bad.sum())
+    return (np.where(bad, data.dtype.type(0), data) if n_bad else data), n_bad
+
+
+def load_volume(file: str) -> tuple[np.ndarray, int]:
+    """Read a scan and scale it to [0, 1].
+
+    Returns
+    -------
+    volume_data : float32 array, shape (D, H, W)
+        (x − min) / (max − min) of the scan's own minimum and maximum.
+    n_nonfinite : int
+        How many voxels were NaN or infinite and set to 0 before scaling.
+
+    Raises
+    ------
+    RunError
+        If the scan cannot be read (any more), or has no contrast.
+    """
+    try:
+        img = nib.load(file)
+        raw_data = img.get_fdata(dtype=np.float32, caching="unchanged")
+    except READ_ERRORS as error:
+        raise RunError(f"{file} cannot be read: {error}") from None
+    raw_data, n_nonfinite = finite(raw_data.reshape(volume_shape_of(img)))
+    low, high = raw_data.min(), raw_data.max()
+    if not low < high:
+        raise RunError(f"{file} has no contrast: all its voxels are {low}")
+    return (raw_data - low) / (high - low), n_nonfinite
+
+
+class ScanDataset(Dataset):
+    """Scans as (volume, label, row), read on demand.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The cohort's table (file, label).
+    rows : int array, shape (n,)
+        The rows of the table that belong to this dataset.
+
+    Notes
+    -----
+    `volume` is float32 of shape (1, D, H, W), scaled to [0, 1]; `label` and `row` are int.
+    `n_nonfinite` counts each scan's non-finite voxels once it has been read, in any worker process.
+    """
+
+    def __init__(self, table: pd.DataFrame, rows: np.ndarray):
+        self.files = table["file"].to_numpy()[rows]
+        self.labels = table["label"].to_numpy()[rows]
+        self.rows = np.asarray(rows)
+        self.n_nonfinite = torch.zeros(len(rows), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        volume_data, self.n_nonfinite[index] = load_volume(self.files[index])
+        volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
+        return volume, int(self.labels[index]), int(self.rows[index])

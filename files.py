@@ -1,0 +1,168 @@
+"""Files that appear whole or not at all (tables, records, maps, checkpoints), and their reading."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+
+from utils import InputError
+
+TEMPORARY_PREFIX = ".tmp-"
+# fmt: off
+ORIENTATION_FIELDS = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)
+# fmt: on
+
+
+# Writing
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; flush it and rename it onto `path` when all went well."""
+    temporary_path = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        yield temporary_path
+        with temporary_path.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary_path.replace(path)
+    finally:
+        temporary_path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes to a file, whole or not at all."""
+    with whole_file(path) as temporary_path:
+        temporary_path.write_bytes(content)
+
+
+def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
+    """Write a table without its index; missing values are empty cells."""
+    write_bytes(path, table.to_csv(index=False, float_format=float_format).encode())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, indented."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises
+    ------
+    InputError
+        If it is not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return content
+
+
+def plain(value: object) -> object:
+    """Return an option's value as JSON can hold it."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_npy(path: Path, values: list[float]) -> None:
+    """Write numbers as a float64 .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values, dtype=np.float64))
+    write_bytes(path, buffer.getvalue())
+
+
+def write_map(path: Path, data: np.ndarray, like_img: nib.spatialimages.SpatialImage) -> None:
+    """Write a float32 NIfTI map in the space of a scan.
+
+    Parameters
+    ----------
+    path : Path
+        Ends in .nii or .nii.gz.
+    data : array, shape (D, H, W)
+    like_img : nibabel image
+        A scan of the cohort; its affine and, if it is NIfTI, its sform and qform with their codes
+        and its units are kept.
+    """
+    map_img = nib.Nifti1Image(np.asarray(data, dtype=np.float32), like_img.affine)
+    if isinstance(like_img.header, nib.Nifti1Header):
+        for field in ORIENTATION_FIELDS:
+            map_img.header[field] = like_img.header[field]
+    else:
+        map_img.header.set_xyzt_units("mm")
+    with whole_file(path) as temporary_path:
+        nib.save(map_img, temporary_path)
+
+
+# Checkpoints
+
+
+def save_torch(path: Path, content: dict) -> None:
+    """Save tensors and plain values, whole or not at all; equal content gives equal bytes."""
+    buffer = io.BytesIO()  # a file would carry its own name into the archive
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_torch(path: Path) -> dict:
+    """Load what `save_torch` wrote, running no code from the file.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it is not a checkpoint of tensors and plain values.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely: {reason}"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a state dict but a {type(content).__name__}")
+    return content
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a fold's state dict into a model.
+
+    Raises
+    ------
+    InputError
+        If the file is not a checkpoint, or one of another model or volume shape.
+    """
+    found = load_torch(path)
+    expected = model.state_dict()
+    if set(found) != set(expected):
+        odd_keys = sorted(set(found) ^ set(expected), key=str)[:3]
+        raise InputError(f"{path} is a checkpoint of another model (differing keys: {odd_keys})")
+    for key, value in expected.items():
+        if getattr(found[key], "shape", None) != value.shape:
+            raise InputError(
+                f"{path} is a checkpoint of another model or volume shape: {key} has shape "
+                f"{tuple(getattr(found[key], 'shape', ()))}, expected {tuple(value.shape)}"
+            )
+    model.load_state_dict(found)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

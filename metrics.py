@@ -1,0 +1,120 @@
+"""How well a classifier did on the scans that it had not seen: metrics per fold and pooled."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from utils import derived_seed
+
+N_BOOTSTRAP = 1000
+CONFIDENCE_PERCENT = 95
+
+
+def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray) -> dict:
+    """Return the metrics of binary predictions; label 1 is the positive class.
+
+    Parameters
+    ----------
+    labels, predicted : int array, shape (n,)
+    probabilities : float array, shape (n,)
+        Of label 1, or any score that grows with it.
+
+    Returns
+    -------
+    dict
+        n, accuracy, balanced_accuracy, sensitivity, specificity, roc_auc, tp, tn, fp, fn; NaN where
+        a class is missing.
+    """
+    tp = int(np.sum((labels == 1) & (predicted == 1)))
+    tn = int(np.sum((labels == 0) & (predicted == 0)))
+    fp = int(np.sum((labels == 0) & (predicted == 1)))
+    fn = int(np.sum((labels == 1) & (predicted == 0)))
+    sensitivity = tp / (tp + fn) if tp + fn else np.nan
+    specificity = tn / (tn + fp) if tn + fp else np.nan
+    both_classes = tp + fn > 0 and tn + fp > 0
+    return {
+        "n": len(labels),
+        "accuracy": (tp + tn) / len(labels),
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "roc_auc": roc_auc_score(labels, probabilities) if both_classes else np.nan,
+        "tp": tp, "tn": tn, "fp": fp, "fn": fn,
+    }  # fmt: skip
+
+
+def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -> pd.DataFrame:
+    """Return the lower and upper end of each pooled metric's bootstrap interval.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        Columns label, probability and predicted.
+    unit : Series
+        What is drawn with replacement, one value a scan: the subject, or the scan itself.
+    seed : int
+    """
+    rng = np.random.default_rng(derived_seed(seed))
+    rows_of_unit = list(predictions.groupby(unit.to_numpy()).indices.values())
+    columns = [predictions[c].to_numpy() for c in ("label", "probability", "predicted")]
+    draws = []
+    for _ in range(N_BOOTSTRAP):
+        drawn = rng.integers(len(rows_of_unit), size=len(rows_of_unit))
+        rows = np.concatenate([rows_of_unit[i] for i in drawn])
+        draws.append(binary_metrics(*(column[rows] for column in columns)))
+    tail = (100 - CONFIDENCE_PERCENT) / 200
+    return pd.DataFrame(draws).quantile([tail, 1 - tail])
+
+
+def gather_predictions(outpath: Path, folds: Iterable[int], paths: pd.Series) -> pd.DataFrame:
+    """Return all folds' predictions in the cohort's order, from predictions_f*.csv.
+
+    Parameters
+    ----------
+    outpath : Path
+    folds : iterable of int
+    paths : Series
+        The cohort's scans; each is predicted exactly once.
+    """
+    tables = [pd.read_csv(outpath / f"predictions_f{f}.csv", dtype={"path": str}) for f in folds]
+    return pd.concat(tables).set_index("path").loc[paths].reset_index()
+
+
+def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: int) -> pd.DataFrame:
+    """Return metrics per fold, then their mean and sd, then pooled over folds with intervals.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        Columns fold, label, probability and predicted, one row a scan.
+    subjects : Series or None
+        Subject of each scan; with it, whole subjects are drawn for the intervals.
+    seed : int
+
+    Returns
+    -------
+    DataFrame
+        Rows fold 0 … k−1, mean, sd, pooled, pooled_low, pooled_high (95 % bootstrap interval).
+    """
+
+    def metrics_of(rows: pd.DataFrame) -> dict:
+        return binary_metrics(*(rows[c].to_numpy() for c in ("label", "probability", "predicted")))
+
+    per_fold = pd.DataFrame(
+        {str(fold): metrics_of(rows) for fold, rows in predictions.groupby("fold")}
+    ).T
+    unit = pd.Series(range(len(predictions))) if subjects is None else subjects
+    intervals = bootstrap_intervals(predictions, unit, seed)
+    summary = pd.DataFrame(
+        {
+            "mean": per_fold.mean(),
+            "sd": per_fold.std(),
+            "pooled": metrics_of(predictions),
+            "pooled_low": intervals.iloc[0],
+            "pooled_high": intervals.iloc[1],
+        }
+    ).T
+    return pd.concat([per_fold, summary]).rename_axis("fold").reset_index()

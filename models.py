@@ -1,0 +1,140 @@
+"""The 3D convolutional networks: one table of variants, one function that builds from it."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from utils import InputError
+
+N_CLASSES = 2
+HIDDEN_UNITS = 64
+DROPOUT = 0.5
+PUBLISHED_WIDTHS = (24, 28, 32, 36, 40, 44, 48, 52)
+DEMO_WIDTHS = (8, 16)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What distinguishes one variant: one convolution kernel and one pooling per block.
+
+    Attributes
+    ----------
+    kernels : tuple of int
+        Side of each block's cubic convolution kernel, in voxels.
+    poolings : tuple of int
+        Side and stride of each block's max-pooling, in voxels.
+    width : int
+        Output channels of every convolution.
+    """
+
+    kernels: tuple[int, ...]
+    poolings: tuple[int, ...]
+    width: int
+
+    def side_after(self, side: int) -> int:
+        """Return what all blocks leave of a volume side (voxels), 0 when it is too small."""
+        for kernel, pooling in zip(self.kernels, self.poolings, strict=True):
+            side = max(0, side - kernel + 1) // pooling
+        return side
+
+    def smallest_side(self) -> int:
+        """Return the smallest volume side (voxels) that leaves one voxel after the last pooling."""
+        side = 1
+        for kernel, pooling in zip(reversed(self.kernels), reversed(self.poolings), strict=True):
+            side = side * pooling + kernel - 1
+        return side
+
+    def n_flat_features(self, volume_shape: tuple[int, int, int]) -> int:
+        """Return how many features enter the classifier for a volume of this shape (voxels)."""
+        return self.width * prod(self.side_after(side) for side in volume_shape)
+
+
+FAMILIES = {
+    #     kernels          poolings         widths
+    "A": ((7, 5, 5, 3, 3), (2, 2, 2, 2, 2), PUBLISHED_WIDTHS),
+    "B": ((3, 3, 3, 3, 3), (2, 2, 2, 2, 2), PUBLISHED_WIDTHS),
+    "C": ((5, 5, 5, 5), (3, 2, 2, 2), PUBLISHED_WIDTHS),
+    "D": ((7, 7, 7), (3, 3, 3), PUBLISHED_WIDTHS),
+    "T": ((3, 3, 3), (2, 2, 2), DEMO_WIDTHS),
+}
+MODELS = {
+    f"model{family}{width}": ModelSpec(kernels, poolings, width)
+    for family, (kernels, poolings, widths) in FAMILIES.items()
+    for width in widths
+}
+
+
+class CNN3D(nn.Module):
+    """Convolutional blocks (`features`) followed by two linear layers (`classifier`).
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    volume_shape : tuple of int, (D, H, W)
+        Shape of the volumes in voxels; it fixes the size of the first linear layer.
+
+    References
+    ----------
+    Wang et al., NeuroImage 269:119929, 2023, doi:10.1016/j.neuroimage.2023.119929
+    """
+
+    def __init__(self, spec: ModelSpec, volume_shape: tuple[int, int, int]):
+        super().__init__()
+        blocks = []
+        n_inputs = 1
+        for kernel, pooling in zip(spec.kernels, spec.poolings, strict=True):
+            blocks += [
+                nn.Conv3d(n_inputs, spec.width, kernel),
+                nn.BatchNorm3d(spec.width),
+                nn.ReLU(),
+                nn.MaxPool3d(pooling),
+            ]
+            n_inputs = spec.width
+        self.features = nn.Sequential(*blocks)
+        self.classifier = nn.Sequential(
+            nn.Linear(spec.n_flat_features(volume_shape), HIDDEN_UNITS),
+            nn.ReLU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(HIDDEN_UNITS, N_CLASSES),
+        )
+
+    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Return logits of shape (N, 2) for volumes of shape (N, 1, D, H, W)."""
+        return self.classifier(torch.flatten(self.features(volumes), 1))
+
+
+def build_model(name: str, volume_shape: tuple[int, int, int]) -> CNN3D:
+    """Build a freshly initialised network.
+
+    Parameters
+    ----------
+    name : str
+        A key of `MODELS`, such as "modelA24".
+    volume_shape : tuple of int, (D, H, W)
+        Shape of the volumes in voxels.
+
+    Returns
+    -------
+    CNN3D
+        Its state-dict keys are those of the published checkpoints.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or a side of the volume is too small for the network.
+    """
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")
+    spec = MODELS[name]
+    smallest = spec.smallest_side()
+    if min(volume_shape) < smallest:
+        shape_text = "×".join(map(str, volume_shape))
+        demo_name = f"modelT{DEMO_WIDTHS[0]}"
+        hint = f"; {demo_name} takes {MODELS[demo_name].smallest_side()} or more"
+        raise InputError(
+            f"volumes of {shape_text} voxels are too small for {name}: every side must be at least "
+            f"{smallest} voxels{hint if name != demo_name else ''}"
+        )
+    return CNN3D(spec, volume_shape)

@@ -1,0 +1,73 @@
+"""A tiny cohort and a tiny run that all tests share."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+import train_cv
+
+SHAPE = (24, 27, 23)  # three different sides: equal ones hide swapped axes
+AFFINE = np.array(
+    [[-2.0, 0, 0, 30], [0, 2.5, 0, -40], [0, 0, 1.5, -20], [0, 0, 0, 1]]
+)  # left-handed and anisotropic, as scans can be
+N_SCANS = 16
+N_FOLDS = 2
+
+
+def make_volume(seed: int, label: int, shape: tuple = SHAPE) -> np.ndarray:
+    """Return a noisy ball on zero background; label 1 has a dark hole."""
+    rng = np.random.default_rng(seed)
+    grid = np.indices(shape).reshape(3, -1).T / np.array(shape) - 0.5
+    data = (np.linalg.norm(grid, axis=1) < 0.45).reshape(shape) * (1 + 0.1 * rng.random(shape))
+    if label:
+        data[6:12, 14:20, 8:14] *= 0.4
+    return data.astype(np.float32)
+
+
+def save_scan(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    """Write a NIfTI scan in MNI space."""
+    img = nib.Nifti1Image(data, affine)
+    img.set_sform(affine, 4)
+    img.set_qform(affine, 2)
+    img.header.set_xyzt_units("mm")
+    nib.save(img, path)
+    return path
+
+
+def write_cohort(folder: Path, n_scans: int = N_SCANS, columns: tuple = ("path", "label")) -> Path:
+    """Write scans with alternating labels and their data.csv; return the CSV's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(n_scans):
+        name = f"scan{index:02d}.nii.gz"
+        save_scan(folder / name, make_volume(index, index % 2))
+        rows.append({"path": name, "label": index % 2, "subject": f"s{index // 2 % 5}_{index % 2}"})
+    csv_path = folder / "data.csv"
+    pd.DataFrame(rows)[list(columns)].to_csv(csv_path, index=False, header=False)
+    return csv_path
+
+
+def train_arguments(csv_path: Path, outpath: Path, *more: str) -> list[str]:
+    """Return the arguments of a training run of seconds."""
+    return [
+        "--path", str(csv_path), "--outpath", str(outpath), "--model", "modelT8", "--device", "cpu",
+        "--fold", str(N_FOLDS), "--epochs", "2", "--batch", "4", "--lr", "1e-3", "--workers", "0",
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cohort_csv(tmp_path_factory) -> Path:
+    """Return the data.csv of the tiny cohort; tests must not change it or its scans."""
+    return write_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="session")
+def run_path(cohort_csv, tmp_path_factory) -> Path:
+    """Return the folder of a finished run on the tiny cohort; tests must not change it."""
+    outpath = tmp_path_factory.mktemp("run")
+    train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, outpath)))
+    return outpath

@@ -1,0 +1,195 @@
+"""What every script shares: errors and exit statuses, options, device, seeds, logs."""
+
+import argparse
+import logging
+import platform
+import random
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
+
+log = logging.getLogger("heatmaps")
+
+
+# Errors and exit statuses
+
+
+class InputError(ValueError):
+    """The user's input is at fault: one message, exit status 2."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, through no fault of the command line: one message, exit status 1."""
+
+
+def run_script(main: Callable, args: argparse.Namespace) -> int:
+    """Run a script's `main(args)` and return its exit status: 0 done, 2 input at fault, 1 other."""
+    try:
+        main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# Command-line options
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Print the script's docstring as it stands, and every option with its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Leave out defaults that say nothing: of required options, of flags, and None."""
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def number(
+    kind: type, at_least: float = -np.inf, above: float = -np.inf, below: float = np.inf
+) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of this kind within these limits."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be a number ({kind.__name__}), got {text!r}"
+            ) from None
+        if not (np.isfinite(value) and value >= at_least and value > above and value < below):
+            limits = [f"at least {at_least:g}"] if at_least > -np.inf else []
+            limits += [f"above {above:g}"] if above > -np.inf else []
+            limits += [f"below {below:g}"] if below < np.inf else []
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, got {text}")
+        return value
+
+    return parse
+
+
+def add_cohort_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that mean the same in every script that reads a cohort."""
+    parser.add_argument(
+        "--path", type=Path, required=True, metavar="CSV",
+        help="one scan a row: NIfTI file, label 0 or 1, optional subject",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outpath",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="output folder, created if missing",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, at_least=0), default=0, help="seed of all random draws"
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", default=None,
+        help="a GPU index (0), a torch device (cuda:1) or cpu; left out: the first GPU, else CPU",
+    )  # fmt: skip
+
+
+def select_device(name: str | None) -> torch.device:
+    """Return the torch device that `--device` asks for.
+
+    Parameters
+    ----------
+    name : str or None
+        A GPU index ("0"), a torch device ("cuda:1"), "cpu", or None for the first GPU if any.
+
+    Raises
+    ------
+    InputError
+        If there is no such device; a GPU that is not there is never replaced by the CPU.
+    """
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
+    except RuntimeError:
+        raise InputError(f"--device must be a GPU index, cuda:INDEX or cpu, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: there is no such GPU here ({torch.cuda.device_count()} found); "
+            "use --device cpu to run on the CPU"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name for logs and run.json."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+# Seeds and logs
+
+
+def derived_seed(*keys: int) -> int:
+    """Return a 63-bit seed that depends on the given non-negative integers and their order only."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_everything(*keys: int) -> None:
+    """Seed torch (CPU and GPU), numpy and Python from the given integers."""
+    seed = derived_seed(*keys)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries may draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def start_log(log_path: Path | None = None) -> None:
+    """Log to stderr and, once there is an output folder, also to a file."""
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    log.addHandler(logging.StreamHandler())
+    if log_path is not None:
+        to_file = logging.FileHandler(log_path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def make_outpath(outpath: Path) -> Path:
+    """Create the output folder.
+
+    Raises
+    ------
+    InputError
+        If it cannot be created, or is a file.
+    """
+    try:
+        outpath.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--outpath {outpath} cannot be used as a folder: {error.strerror}"
+        ) from None
+    return outpath
