@@ -186,7 +186,7 @@ def check_scan(file: str) -> tuple[SpatialImage | None, str]:
 
 
 def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
-    """Check that all scans are good and in one space; return the first good one and the problems."""
+    """Check that all scans are good and in one space; return the first good one and problems."""
     with ThreadPoolExecutor(N_CHECK_THREADS) as pool:
         checks = pool.map(check_scan, table["file"])
         checked = list(tqdm(checks, total=len(table), desc="checking", unit="scan", disable=None))

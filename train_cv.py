@@ -105,7 +105,7 @@ def open_run(args: argparse.Namespace, cohort: dataset.Cohort, device: torch.dev
         "script": "train_cv.py",
         "model": args.model,
         "n_folds": args.fold,
-        "arguments": {name: utils.plain(value) for name, value in vars(args).items()},
+        "arguments": {name: files.plain(value) for name, value in vars(args).items()},
         "csv_sha256": csv_sha256,
         "n_scans": len(cohort.table),
         "volume_shape": cohort.volume_shape,
