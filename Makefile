@@ -12,9 +12,9 @@ DEMO := demo
 
 # A cohort, five trained folds, LRP, IG and GGC maps, and how well they find the planted atrophy.
 demo: .venv/ready
-	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 120
+	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 160 --voxel 5
 	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
-		--model modelT8 --lr 3e-4 --epochs 50 --device cpu
+		--model modelT8 --lr 5e-4 --epochs 60 --patience 15 --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
 		--model modelT8 --method LRP IG GGC --steps 20 --outpath $(DEMO)/maps --device cpu
 	@cat $(DEMO)/output/metrics.csv

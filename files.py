@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,10 @@ import torch
 from utils import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+UNPICKLING_ERRORS = (  # what torch.load lets through on bytes that are no checkpoint
+    pickle.UnpicklingError, struct.error, ArithmeticError, AttributeError, EOFError, LookupError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 # fmt: off
 ORIENTATION_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -130,7 +135,7 @@ def load_torch(path: Path) -> dict:
         raise InputError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except UNPICKLING_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{path} is not a checkpoint that can be loaded safely: {reason}"

@@ -51,6 +51,7 @@ BIAS_FWHM_MM = 80.0
 GAIN_RANGE = (0.8, 1.2)
 NOISE_SD = 0.03  # of the template's maximum, in both Rician channels
 FWHM_PER_SD = 2.3548
+NEGLIGIBLE = 1e-4  # of a region's tissue: not simulated
 MNI_CODE = 4  # NIfTI xform code of MNI 152 space
 
 
@@ -97,10 +98,9 @@ def load_template(voxel_mm: float) -> Template:
     overlap_data = np.maximum(1, sum(kernels.values()))  # no voxel loses more than it has
     loss_data = {}
     for name, kernel_data in kernels.items():
-        change_data = grey_data * kernel_data / overlap_data * (CSF_INTENSITY - t1_data)
-        change_data = smooth(np.where(t1_data > 0, change_data, 0).astype(np.float32), blur_vox)
-        box = bounding_box(np.abs(change_data) > 1e-4)
-        loss_data[name] = (box, change_data[box].copy())
+        box = bounding_box(kernel_data > NEGLIGIBLE)
+        share_data = grey_data[box] * kernel_data[box] / overlap_data[box] * brain_data[box]
+        loss_data[name] = (box, smooth(share_data * (CSF_INTENSITY - t1_data[box]), blur_vox))
     weight_data = grey_data * np.minimum(1, sum(kernels.values())) * brain_data
     return Template(
         t1_img.affine, smooth(t1_data, blur_vox), smooth(brain_data, blur_vox), loss_data,

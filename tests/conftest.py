@@ -6,8 +6,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import train_cv
+
+torch.set_num_threads(1)  # tiny volumes: a second thread costs more than it gives
 
 SHAPE = (24, 27, 23)  # three different sides: equal ones hide swapped axes
 AFFINE = np.array(

@@ -1,0 +1,71 @@
+"""The networks: names, sizes, state-dict keys, and what they refuse."""
+
+import pytest
+import torch
+
+import models
+from utils import InputError
+
+PAPER_SHAPE = (193, 229, 193)
+FLAT_FEATURES_AT_WIDTH_24 = {"A": 864, "B": 1920, "C": 1920, "D": 1920}
+SMALLEST_SIDE = {"A": 110, "B": 94, "C": 112, "D": 105, "T": 22}
+PUBLISHED = [f"model{f}{w}" for f in "ABCD" for w in (24, 28, 32, 36, 40, 44, 48, 52)]
+
+
+def test_names():
+    assert list(models.MODELS) == [*PUBLISHED, "modelT8", "modelT16"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_build_at_the_papers_size(name):
+    model = models.build_model(name, PAPER_SHAPE)
+    width = int(name[-2:])
+    n_features = FLAT_FEATURES_AT_WIDTH_24[name[5]] * width // 24
+    assert model.classifier[0].in_features == n_features
+    assert model.features[0].out_channels == width
+
+
+@pytest.mark.parametrize("family", "ABCDT")
+def test_smallest_side_is_exact(family):
+    """One voxel is left at the smallest side, and nothing one voxel below it."""
+    name = f"model{family}{8 if family == 'T' else 24}"
+    side = SMALLEST_SIDE[family]
+    model = models.build_model(name, (side, side + 1, side + 2)).eval()
+    with torch.no_grad():
+        assert model.features(torch.rand(1, 1, side, side + 1, side + 2)).shape[2:] == (1, 1, 1)
+    with pytest.raises(InputError, match=rf"at least {side} voxels"):
+        models.build_model(name, (side + 5, side - 1, side + 5))
+
+
+def test_state_dict_keys_and_shapes():
+    shapes = {
+        k: tuple(v.shape)
+        for k, v in models.build_model("modelA24", PAPER_SHAPE).state_dict().items()
+    }
+    assert shapes["features.0.weight"] == (24, 1, 7, 7, 7)
+    assert shapes["features.16.weight"] == (24, 24, 3, 3, 3)
+    assert shapes["features.17.running_var"] == (24,)
+    assert shapes["classifier.0.weight"] == (64, 864)
+    assert shapes["classifier.3.bias"] == (2,)
+    assert len(shapes) == 5 * (2 + 5) + 4
+
+
+def test_layers():
+    """Dropout 0.5, no ReLU in place, biases, and no padding."""
+    model = models.build_model("modelC24", PAPER_SHAPE)
+    kinds = [type(layer).__name__ for layer in model.features]
+    assert kinds == ["Conv3d", "BatchNorm3d", "ReLU", "MaxPool3d"] * 4
+    assert [layer.kernel_size for layer in model.features[3::4]] == [3, 2, 2, 2]
+    assert not any(m.inplace for m in model.modules() if isinstance(m, torch.nn.ReLU))
+    assert model.classifier[2].p == 0.5
+    assert all(conv.bias is not None and conv.padding == (0, 0, 0) for conv in model.features[::4])
+
+
+def test_unknown_name_lists_the_names():
+    with pytest.raises(InputError, match=r"unknown model 'resnet'.*modelA24.*modelT16"):
+        models.build_model("resnet", PAPER_SHAPE)
+
+
+def test_too_small_volume_points_to_the_small_model():
+    with pytest.raises(InputError, match=r"49×58×49 .*at least 110.*modelT8 takes 22"):
+        models.build_model("modelA24", (49, 58, 49))
