@@ -77,8 +77,8 @@ def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: fl
         parts.append((inputs.clamp(max=0), negative_weight, positive_weight))
     z_positive = sum(linear_sums(layer, part, agreeing) for part, agreeing, _ in parts)
     z_negative = sum(linear_sums(layer, part, opposing) for part, _, opposing in parts)
-    weight_of_positive = torch.where(z_negative == 0, 1.0, 1 + beta)
-    weight_of_negative = torch.where(z_positive == 0, 1.0, -beta)
+    weight_of_positive = 1 + beta * (z_negative != 0).to(relevance.dtype)
+    weight_of_negative = 1 - (1 + beta) * (z_positive != 0).to(relevance.dtype)
     share_positive = stabilized_ratio(weight_of_positive * relevance, z_positive)
     share_negative = stabilized_ratio(weight_of_negative * relevance, z_negative)
     return sum(
@@ -170,7 +170,9 @@ def lrp(model: nn.Module, volume: Tensor, target: Targets, beta: float = BETA) -
     Returns
     -------
     Tensor, shape (N, 1, D, H, W), float32
-        Relevance per voxel. Each volume's map sums to the logit of its target, within 1 %.
+        Relevance per voxel. Each volume's map sums to the logit of its target, within 1 %, less
+        the relevance of neurons that see nothing but zeros, such as those in the background of a
+        skull-stripped scan: they drop it.
 
     Raises
     ------
@@ -209,6 +211,7 @@ def integrated_gradients(
     volume : Tensor, shape (N, 1, D, H, W), float32
     target : int or int64 Tensor of shape (N,)
     n_steps : int
+        At least 2.
     batch_size : int
         Steps per pass.
 

@@ -32,6 +32,7 @@ import dataset
 import files
 import folds
 import models
+import pictures
 import report
 import utils
 from utils import InputError, RunError, log
@@ -315,7 +316,7 @@ def draw_map(args: argparse.Namespace, method: str) -> list[Path]:
         args.outpath / f"{method}_map_all{suffix}" for suffix in (".png", ".html")
     )
     title = f"{method}, mean over folds"
-    report.plot_mosaic(png_path, map_img, background_img, title)
+    pictures.plot_mosaic(png_path, map_img, background_img, title)
     report.write_viewer(html_path, map_img, background_img, title)
     return [png_path, html_path]
 
@@ -337,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help=f"number of folds; left out: the run's, or {N_FOLDS} without a run.json")
     option("--batch", type=number(int, at_least=1), default=1,
            help="volumes, or IG steps, per pass")
-    option("--steps", type=number(int, at_least=1), default=attribution.N_STEPS,
+    option("--steps", type=number(int, at_least=2), default=attribution.N_STEPS,
            help="IG: steps of the path")
     option("--beta", type=number(float, at_least=0), default=attribution.BETA,
            help="LRP: beta of the rule")

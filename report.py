@@ -1,131 +1,43 @@
-"""Pictures and pages: loss curves, ROC curves, mosaics and slice viewers."""
+"""Pages that work offline: the viewer beside each map, and report.html."""
 
+import argparse
+import base64
+import html
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
-import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from nilearn import plotting
-from sklearn.metrics import roc_curve
+from nibabel.spatialimages import SpatialImage
+from nilearn import datasets, image, plotting
 
-from files import whole_file, write_bytes
+import files
+import utils
+from pictures import HIDDEN_FRACTION, MAP_COLORS, color_limit
+from utils import InputError
 
-DPI = 110
-FOLD_COLORS = plt.get_cmap("tab10").colors
-MAP_COLORS = "cold_hot"
-N_CUTS = 7  # slices per direction of a mosaic
-SHOWN_PERCENTILE = 99.9  # of |map| inside the head: the end of the colour scale
-HIDDEN_FRACTION = 0.1  # of the colour scale: voxels below it are left transparent
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, and close it."""
-    with whole_file(path) as temporary_path:
-        figure.savefig(temporary_path, dpi=DPI, format=path.suffix[1:])
-    plt.close(figure)
-
-
-def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
-    """Draw each fold's training and validation loss; a dot marks the epoch that was kept.
-
-    Parameters
-    ----------
-    path : Path
-    histories : list of DataFrame
-        One a fold: epoch, train_loss, valid_loss.
-    """
-    n_columns = min(len(histories), 5)
-    n_rows = -(-len(histories) // n_columns)
-    size_inches = (2.6 * n_columns + 0.6, 2.4 * n_rows + 0.4)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=size_inches, sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for fold, (axis, history) in enumerate(zip(axes.flat, histories, strict=False)):
-        best = history.loc[history["valid_loss"].idxmin()]
-        axis.plot(history["epoch"], history["train_loss"], color="0.6", label="training")
-        axis.plot(history["epoch"], history["valid_loss"], color="C0", label="validation")
-        axis.plot(best["epoch"], best["valid_loss"], "o", color="C3", label="kept")
-        axis.set_title(f"fold {fold}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(histories) :]:
-        axis.set_axis_off()
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("epoch", fontsize=10)
-    figure.supylabel("cross-entropy per scan", fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> None:
-    """Draw the ROC curve of each fold and of all held-out scans together.
-
-    Parameters
-    ----------
-    path : Path
-    predictions : DataFrame
-        Columns fold, label and probability.
-    metrics : DataFrame
-        As `utils.metrics_table` returns it.
-    """
-    auc = metrics.set_index("fold")["roc_auc"]
-    figure, axis = plt.subplots(figsize=(4.6, 4.6), layout="constrained")
-    axis.plot([0, 1], [0, 1], ":", color="0.5", label="chance: 0.50")
-    for fold, rows in predictions.groupby("fold"):
-        if rows["label"].nunique() == 2:
-            false_rate, true_rate, _ = roc_curve(rows["label"], rows["probability"])
-            color = FOLD_COLORS[fold % len(FOLD_COLORS)]
-            label = f"fold {fold}: {auc[str(fold)]:.2f}"
-            axis.plot(false_rate, true_rate, color=color, alpha=0.6, linewidth=1, label=label)
-    false_rate, true_rate, _ = roc_curve(predictions["label"], predictions["probability"])
-    interval = f"{auc['pooled']:.2f} [{auc['pooled_low']:.2f}, {auc['pooled_high']:.2f}]"
-    axis.plot(false_rate, true_rate, color="black", linewidth=2, label=f"pooled: {interval}")
-    axis.set(xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(title="area under the curve", frameon=False, fontsize=8, loc="lower right")
-    save_figure(figure, path)
-
-
-def color_limit(map_data: np.ndarray) -> float:
-    """Return where a map's colour scale ends: a high percentile of its non-zero magnitudes."""
-    magnitudes = np.abs(map_data[map_data != 0])
-    limit = float(np.percentile(magnitudes, SHOWN_PERCENTILE)) if magnitudes.size else 0.0
-    return limit or 1.0
-
-
-def mosaic_cuts(background_img: nib.Nifti1Image) -> dict[str, np.ndarray]:
-    """Return where to cut, in mm: evenly through the head, its outermost tenths left out."""
-    inside = np.argwhere(np.asarray(background_img.dataobj) > 0)
-    inside_mm = nib.affines.apply_affine(background_img.affine, inside)
-    ends_mm = np.percentile(inside_mm, [3, 97], axis=0) if len(inside) else np.zeros((2, 3))
-    return {axis: np.linspace(*ends_mm[:, i], N_CUTS) for i, axis in enumerate("xyz")}
-
-
-def plot_mosaic(
-    path: Path, map_img: nib.Nifti1Image, background_img: nib.Nifti1Image, title: str
-) -> None:
-    """Draw a map in three rows of slices over the mean scan.
-
-    Parameters
-    ----------
-    path : Path
-    map_img, background_img : nibabel images on one grid
-    title : str
-    """
-    limit = color_limit(map_img.get_fdata())
-    figure = plt.figure(figsize=(10, 5.6), facecolor="black")
-    plotting.plot_stat_map(
-        map_img, background_img, display_mode="mosaic", cut_coords=mosaic_cuts(background_img),
-        cmap=MAP_COLORS, vmax=limit, symmetric_cbar=True, threshold=HIDDEN_FRACTION * limit,
-        black_bg=True, figure=figure, axes=(0, 0, 1, 0.93),
-    )  # fmt: skip
-    figure.text(0.01, 0.955, title, color="white", fontsize=12)
-    save_figure(figure, path)
+TEMPLATE_PATH = Path(__file__).with_name("report_template.html")
+SHOWN_VOXEL_MM = 2.0  # slices in report.html are no finer: it stays small
+N_REGIONS_SHOWN = 20
+IG_TOLERANCE = 0.05  # median completeness error above which a warning says so
+METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
+OVERLAP_HEADS = {
+    "dice_matched": "Dice, matched size",
+    "dice_max": "Dice, best size",
+    "dice_max_fraction": "at top",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+    "mass": "mass",
+    "null_mean": "Dice, shifted map",
+    "null_p": "p of shifts",
+}
 
 
 def write_viewer(
-    path: Path, map_img: nib.Nifti1Image, background_img: nib.Nifti1Image, title: str
+    path: Path, map_img: SpatialImage, background_img: SpatialImage, title: str
 ) -> None:
     """Write a page with three linked slices of a map over the mean scan; it works offline.
 
@@ -140,4 +52,265 @@ def write_viewer(
         map_img, background_img, cmap=MAP_COLORS, vmax=limit, threshold=HIDDEN_FRACTION * limit,
         title=title, resampling_interpolation="nearest", black_bg=True,
     )  # fmt: skip
-    write_bytes(path, view.get_standalone().encode())
+    files.write_bytes(path, view.get_standalone().encode())
+
+
+# What report.html shows of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of train_cv.py or svm.py left for the page.
+
+    Attributes
+    ----------
+    name : str
+    metrics : DataFrame
+        Of metrics.csv, indexed by fold.
+    n_patients, n_controls : int
+    pictures : list of Path
+        loss_curves.png and roc.png, as far as they exist.
+    """
+
+    name: str
+    metrics: pd.DataFrame
+    n_patients: int
+    n_controls: int
+    pictures: list[Path]
+
+
+def load_run(folder: Path) -> Run:
+    """Read what the page shows of a run's folder.
+
+    Raises
+    ------
+    InputError
+        If it holds no metrics.csv and predictions.csv as train_cv.py and svm.py write them.
+    """
+    try:
+        metrics = pd.read_csv(folder / "metrics.csv", dtype={"fold": str}).set_index("fold")
+        labels = pd.read_csv(folder / "predictions.csv")["label"]
+        metrics.loc[["mean", "sd", "pooled", "pooled_low", "pooled_high"], list(METRICS_SHOWN)]
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"--run {folder} is no finished run: {error}") from None
+    record_path = folder / "run.json"
+    name = files.read_json(record_path).get("model") if record_path.is_file() else folder.name
+    pictures = [folder / name for name in ("loss_curves.png", "roc.png")]
+    return Run(
+        str(name), metrics, int((labels == 1).sum()), int((labels == 0).sum()),
+        [path for path in pictures if path.is_file()],
+    )  # fmt: skip
+
+
+# Volumes for the slice viewers
+
+
+def shrink(img: SpatialImage) -> SpatialImage:
+    """Return an image turned to RAS axes, averaged over blocks to about the shown voxel size."""
+    img = nib.as_closest_canonical(img)
+    data = np.asarray(img.dataobj, dtype=np.float32)
+    factors = [max(1, int(SHOWN_VOXEL_MM // size)) for size in nib.affines.voxel_sizes(img.affine)]
+    n_blocks = [side // factor for side, factor in zip(data.shape, factors, strict=True)]
+    cropped = data[tuple(slice(n * f) for n, f in zip(n_blocks, factors, strict=True))]
+    split = [size for pair in zip(n_blocks, factors, strict=True) for size in pair]
+    affine = img.affine @ np.diag([*factors, 1])
+    affine[:3, 3] = nib.affines.apply_affine(img.affine, [(f - 1) / 2 for f in factors])
+    return nib.Nifti1Image(cropped.reshape(split).mean((1, 3, 5)), affine)
+
+
+def encode(data: np.ndarray) -> str:
+    """Return bytes in Fortran order (first axis fastest), base64."""
+    return base64.b64encode(data.tobytes(order="F")).decode()
+
+
+def viewer_data(
+    volumes: dict[str, SpatialImage], reference_img: SpatialImage, background_img: SpatialImage
+) -> dict:
+    """Return what the page's script needs to draw the slices of all maps."""
+    background_data = shrink(background_img).get_fdata()
+    top = np.percentile(background_data[background_data > 0], 99.5)
+    reference_small_img = shrink(reference_img)
+    maps = []
+    for name, img in volumes.items():
+        data = shrink(img).get_fdata()
+        limit = color_limit(data)
+        levels = np.clip(np.round(127 * data / limit), -127, 127) + 128
+        maps.append({"name": name, "limit": limit, "data": encode(levels.astype(np.uint8))})
+    return {
+        "shape": reference_small_img.shape,
+        "affine": reference_small_img.affine.tolist(),
+        "background": encode(np.clip(255 * background_data / top, 0, 255).astype(np.uint8)),
+        "reference": encode((reference_small_img.get_fdata() >= 0.5).astype(np.uint8)),
+        "maps": maps,
+    }
+
+
+def template_like(like_img: SpatialImage) -> SpatialImage:
+    """Return nilearn's ICBM152 template on the maps' grid."""
+    return image.resample_to_img(
+        datasets.load_mni152_template(resolution=2), like_img, force_resample=True,
+        copy_header=True,
+    )  # fmt: skip
+
+
+# The page
+
+
+def table_html(heads: list[str], rows: list[list[str]], last_class: str = "") -> str:
+    """Return an HTML table; cells are escaped, the last row can have a class of its own."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    for i, row in enumerate(rows):
+        css = f' class="{last_class}"' if last_class and i == len(rows) - 1 else ""
+        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
+        lines.append(f"<tr{css}>{cells}</tr>")
+    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def number_text(value: float) -> str:
+    """Return a number as the tables show it."""
+    return "–" if pd.isna(value) else f"{value:.3f}"
+
+
+def metrics_html(runs: list[Run]) -> str:
+    """Return the table of held-out metrics, with intervals and the spread over folds."""
+    rows = []
+    for run in runs:
+        row = [run.name, f"{run.n_patients} + {run.n_controls}"]
+        for metric in METRICS_SHOWN:
+            pooled, low, high, mean, sd = (
+                run.metrics.loc[name, metric]
+                for name in ("pooled", "pooled_low", "pooled_high", "mean", "sd")
+            )
+            row.append(f"{pooled:.2f} [{low:.2f}, {high:.2f}] · {mean:.2f} ± {sd:.2f}")
+        rows.append(row)
+    heads = ["classifier", "patients + controls", *(m.replace("_", " ") for m in METRICS_SHOWN)]
+    return table_html(heads, rows)
+
+
+def overlap_html(table: pd.DataFrame) -> str:
+    """Return the overlap table; each cell has the fold maps' mean ± sd, the last row is chance."""
+    rows = []
+    for record in table.to_dict("records"):
+        row = [record["map"]]
+        for column in OVERLAP_HEADS:
+            text = number_text(record[column])
+            if record["n_folds"] and f"{column}_folds_mean" in record:
+                mean, sd = record[f"{column}_folds_mean"], record[f"{column}_folds_sd"]
+                text += f" (folds {mean:.3f} ± {sd:.3f})"
+            row.append(f"{100 * record[column]:.1f} %" if column == "dice_max_fraction" else text)
+        rows.append(row)
+    p = number_text(table["p"].iloc[0])
+    best_chance = f"≤ {number_text(table['dice_max_chance'].max())}"
+    rows.append(["chance", p, best_chance, "–", "0.500", p, p, p, "–"])
+    return table_html(["map", *OVERLAP_HEADS.values()], rows, "chance")
+
+
+def regions_html(regions: pd.DataFrame) -> str:
+    """Return the regions with the largest shares, one column a map."""
+    names = regions.drop_duplicates("region").set_index("region")[["name", "n_voxels"]]
+    shares = regions.pivot(index="region", columns="map", values="share")
+    shares = shares[list(dict.fromkeys(regions["map"]))]
+    means = regions.pivot(index="region", columns="map", values="mean")
+    dices = regions.pivot(index="region", columns="map", values="dice")
+    rows = []
+    for region in shares.abs().max(axis=1).nlargest(N_REGIONS_SHOWN).index:
+        cells = [
+            f"{100 * shares.loc[region, name]:.1f} % · {means.loc[region, name]:.2g} · "
+            f"{dices.loc[region, name]:.2f}"
+            for name in shares
+        ]
+        rows.append([names.loc[region, "name"] or region, names.loc[region, "n_voxels"], *cells])
+    return table_html(["region", "voxels", *shares.columns], rows)
+
+
+def warnings_of(args: argparse.Namespace, table: pd.DataFrame, runs: list[Run]) -> list[str]:
+    """Return what a reader must know before believing the tables."""
+    found = [
+        f"{name}: fewer voxels are non-zero than the reference has; its matched Dice is degenerate."
+        for name in table.loc[table["degenerate"], "map"]
+    ]
+    for run in runs:
+        auc = run.metrics.loc[run.metrics.index.str.isdigit(), "roc_auc"]
+        found += [
+            f"{run.name}: fold {fold} is below chance on its held-out scans (ROC AUC {value:.2f})."
+            for fold, value in auc[auc < 0.5].items()
+        ]
+    for name, path in zip(table["map"], args.maps, strict=True):
+        sidecar_path = path.with_name(path.name.split(".nii")[0] + ".json")
+        sidecar = files.read_json(sidecar_path) if sidecar_path.is_file() else {}
+        error = sidecar.get("median_completeness_error")
+        if sidecar.get("method") == "IG" and error is not None and error > IG_TOLERANCE:
+            found.append(
+                f"{name}: incomplete attributions, median error {error:.2g}; more --steps lower it."
+            )
+    return found
+
+
+def picture_html(path: Path, caption: str) -> str:
+    """Return a picture, embedded."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = html.escape(caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def write_report(
+    path: Path, args: argparse.Namespace, table: pd.DataFrame, regions: pd.DataFrame | None,
+    runs: list[Run], volumes: dict[str, SpatialImage], reference_img: SpatialImage,
+    mask_source: str, background: tuple[SpatialImage | None, str],
+) -> None:  # fmt: skip
+    """Write report.html, one self-contained file.
+
+    Parameters
+    ----------
+    path : Path
+        dice_curves.png stands beside it.
+    args : Namespace
+        compare.py's options.
+    table : DataFrame
+        Of comparison.csv.
+    regions : DataFrame or None
+        Of regions.csv.
+    runs : list of Run
+    volumes : dict of str to nibabel image
+        The maps.
+    reference_img : nibabel image
+        On the maps' grid, 1 inside.
+    mask_source : str
+    background : (nibabel image or None, str)
+        The mean scan and what it is; None for nilearn's template.
+    """
+    background_img, background_name = background
+    if background_img is None:
+        background_img, background_name = template_like(reference_img), "the ICBM152 template"
+    data = viewer_data(volumes, reference_img, background_img)
+    facts = {
+        "Command": args.command,
+        "Reference": f"{args.reference}, above {args.reference_threshold:g}; "
+        f"{table['n_reference'].iloc[0]} of {table['n_mask'].iloc[0]} mask voxels",
+        "Mask": mask_source,
+        "Evidence": f"--sign {args.sign}, smoothed by {args.fwhm:g} mm",
+        "Background": background_name,
+        "Versions": ", ".join(f"{k} {v}" for k, v in utils.versions().items()),
+        "Made": utils.now(),
+    }
+    found = warnings_of(args, table, runs)
+    page = Template(TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(
+        facts="".join(
+            f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()
+        ),
+        warnings="".join(f"<li>{html.escape(text)}</li>" for text in found) or "<li>None.</li>",
+        metrics=metrics_html(runs) if runs else "<p>No --run was given.</p>",
+        curves="".join(
+            picture_html(p, f"{run.name}: {p.stem.replace('_', ' ')}")
+            for run in runs
+            for p in run.pictures
+        ),
+        overlap=overlap_html(table),
+        dice_curves=picture_html(path.with_name("dice_curves.png"), "Dice against voxels taken"),
+        regions=regions_html(regions) if regions is not None else "<p>No --atlas was given.</p>",
+        data=json.dumps(data).replace("</", "<\\/"),
+    )
+    files.write_bytes(path, page.encode())

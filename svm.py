@@ -34,6 +34,7 @@ import dataset
 import files
 import folds
 import metrics
+import pictures
 import report
 import utils
 from utils import InputError, log
@@ -249,7 +250,7 @@ def write_maps(
         files.write_json(stem.with_suffix(".json"), sidecar)
         images = nib.load(all_path), nib.load(background_path)
         title = f"SVM {name}, mean over folds"
-        report.plot_mosaic(stem.with_suffix(".png"), *images, title)
+        pictures.plot_mosaic(stem.with_suffix(".png"), *images, title)
         report.write_viewer(stem.with_suffix(".html"), *images, title)
         written += [stem.with_suffix(s) for s in (".nii.gz", ".json", ".png", ".html")]
     return written
@@ -306,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
     files.write_csv(args.outpath / "splits.csv", splits)
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)
-    report.plot_roc(args.outpath / "roc.png", predictions, table)
+    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     written = write_maps(args, cohort, maps, mean)
     print(table.to_string(index=False, float_format="%.3f"))
     print(*written, sep="\n")

@@ -29,7 +29,7 @@ import files
 import folds
 import metrics
 import models
-import report
+import pictures
 import utils
 from utils import InputError, RunError, log
 
@@ -346,8 +346,8 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)
     histories = [pd.read_csv(args.outpath / f"history_f{fold}.csv") for fold in range(args.fold)]
-    report.plot_loss_curves(args.outpath / "loss_curves.png", histories)
-    report.plot_roc(args.outpath / "roc.png", predictions, table)
+    pictures.plot_loss_curves(args.outpath / "loss_curves.png", histories)
+    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     return table
 
 

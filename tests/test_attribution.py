@@ -235,7 +235,7 @@ def slow_integrated_gradients(
     return volume * total / n_steps
 
 
-@pytest.mark.parametrize("n_steps", [1, 7])
+@pytest.mark.parametrize("n_steps", [2, 7])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_ig_against_plain_loop(small_model, n_steps, batch_size):
     small_model, volumes = small_model.double(), make_volumes(SMALL_SHAPE, -0.2).double()
@@ -406,13 +406,33 @@ def test_nothing_is_left_behind_after_an_error(small_model, method, stage):
 @all_methods
 @pytest.mark.parametrize("layer", ["features.0", "features.4", "features.5", "classifier.3"])
 def test_nan_is_traced_to_its_layer(small_model, method, layer):
-    """Also where only the class that is not explained has a NaN logit."""
     with torch.no_grad():
         small_model.get_submodule(layer).weight[1] = torch.nan
     before = snapshot(small_model)
     with pytest.raises(FloatingPointError, match=rf"\b{layer}\b"):
         method(small_model, make_volumes(SMALL_SHAPE), 0)
     assert snapshot(small_model) == before
+
+
+@all_methods
+def test_nan_logit_of_the_other_class_is_an_error(small_model, method):
+    """The map of class 0 itself is finite."""
+    with torch.no_grad():
+        small_model.classifier[3].bias[1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"\bclassifier\.3\b"):
+        method(small_model, make_volumes(SMALL_SHAPE), 0)
+
+
+@pytest.mark.parametrize("name", ["IG", "GGC"])
+def test_overflow_of_the_map_alone_is_an_error(small_model, name):
+    """The logits are finite: only the gradient multiplies both large weights."""
+    volumes = make_volumes(SMALL_SHAPE) * 1e-25
+    with torch.no_grad():
+        small_model.features[0].weight.mul_(1e25)
+        small_model.classifier[3].weight.mul_(1e20)
+        assert small_model(volumes).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"\bfeatures\.0\b.*backward"):
+        EXPLAINERS[name](small_model, volumes, TARGETS)
 
 
 def test_lrp_refuses_a_layer_without_a_rule(small_model):

@@ -195,8 +195,8 @@ def test_flipping_data_and_affine_changes_nothing_in_millimetres(tmp_path, metho
     """Scans stored from right to left, explained by a network mirrored likewise, give the same map.
 
     The side is one that the network's blocks divide evenly, and no two voxels are equal, so that
-    the mirrored network is the same function of space. IG's first step is the zero volume, where all
-    voxels of a pooling window tie and the first one wins: of its steps, that one is not mirrored.
+    the mirrored network is the same function of space. At IG's first step, the zero volume, all
+    voxels of a pooling window tie and the first one wins: that step alone is not mirrored.
     """
     shape = (22, 27, 23)
     model = models.build_model("modelT8", shape)
