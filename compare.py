@@ -223,7 +223,7 @@ def load_atlas(args: argparse.Namespace, space: Space) -> tuple[np.ndarray, dict
             f"--atlas-labels {args.atlas_labels} must be a CSV with a header and the columns "
             f"number and name: {error}"
         ) from None
-    unnamed = sorted(set(np.unique(region_of_voxel)) - {0} - set(names))
+    unnamed = sorted(set(np.unique(region_of_voxel).tolist()) - {0} - set(names))
     if unnamed:
         log.warning("regions without a name in %s: %s", args.atlas_labels, unnamed)
     return region_of_voxel, names

@@ -12,7 +12,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.brikhead import AFNIHeaderError, AFNIImageError
 from nibabel.filebasedimages import ImageFileError
+from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -25,7 +28,10 @@ AFFINE_TOLERANCE_MM = 1e-3
 MAX_PROBLEMS_SHOWN = 20
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 N_CHECK_THREADS = 8
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+READ_ERRORS = (  # ImportError: MINC 2 needs h5py
+    OSError, EOFError, ValueError, ImportError, zlib.error, ImageFileError, HeaderDataError,
+    PARRECError, AFNIImageError, AFNIHeaderError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,13 @@ def is_header(cells: list[str]) -> bool:
 
 def find_file(text: str, csv_path: Path) -> Path | None:
     """Look a path up from the CSV's folder, then from the working directory."""
-    path = Path(text).expanduser()
-    for candidate in (csv_path.parent / path, path):
-        if candidate.is_file():
-            return candidate.resolve()
+    try:
+        path = Path(text).expanduser()
+        for candidate in (csv_path.parent / path, path):
+            if candidate.is_file():
+                return candidate.resolve()
+    except (OSError, RuntimeError):  # a name too long, a folder not ours, an unknown ~user
+        return None
     return None
 
 
@@ -127,7 +136,7 @@ def parse_rows(rows: list[tuple[int, list[str]]], csv_path: Path) -> tuple[pd.Da
 
 def volume_shape_of(img: SpatialImage) -> tuple[int, ...]:
     """Return an image's shape without trailing axes of length 1."""
-    shape = img.shape
+    shape = tuple(map(int, img.shape))  # MGH's are numpy integers
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -136,6 +145,9 @@ def volume_shape_of(img: SpatialImage) -> tuple[int, ...]:
 def is_truncated(img: SpatialImage, file: str) -> bool:
     """Tell whether a file holds fewer bytes than its header says, from its size or last bytes."""
     proxy = img.dataobj
+    if not isinstance(proxy, ArrayProxy):
+        np.asanyarray(proxy)  # MINC, PAR/REC: only a full read can tell
+        return False
     n_bytes = proxy.offset + int(np.prod(proxy.shape)) * proxy.dtype.itemsize
     data_path = Path(img.file_map["image"].filename or file)
     if data_path.suffix not in (".gz", ".mgz"):
@@ -155,7 +167,8 @@ def has_contrast(img: SpatialImage) -> bool:
     first_value, start = None, 0
     for fraction in PROBE_STOPS:
         stop = max(1, round(n_slices * fraction))
-        slab_data = finite(np.asanyarray(img.dataobj[:, :, start:stop]))[0]
+        slab_data = np.asanyarray(img.dataobj[:, :, start:stop]).astype(np.float32)
+        slab_data, _ = finite(slab_data)
         if slab_data.size:
             first_value = slab_data.flat[0] if first_value is None else first_value
             if (slab_data != first_value).any():
@@ -168,6 +181,8 @@ def check_scan(file: str) -> tuple[SpatialImage | None, str]:
     """Return a scan's image (header only) and what is wrong with it ("" if nothing)."""
     try:
         img = nib.load(file)
+        if not isinstance(img, SpatialImage):
+            return None, f"is not a volume but a {type(img).__name__}"
         shape = volume_shape_of(img)
         if len(shape) != 3 or min(shape) < 1:
             return None, f"is not a 3D volume but has shape {img.shape}"
@@ -198,8 +213,9 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
     good = [(row, img) for row, (img, _) in zip(table.itertuples(), checked, strict=True) if img]
     if not good:
         return None, problems
-    (common_shape, _), _ = Counter(map(space_of, (img for _, img in good))).most_common(1)[0]
-    like_img = next(img for _, img in good if volume_shape_of(img) == common_shape)
+    common_space, _ = Counter(space_of(img) for _, img in good).most_common(1)[0]
+    like_img = next(img for _, img in good if space_of(img) == common_space)
+    common_shape = volume_shape_of(like_img)
     for row, img in good:
         if volume_shape_of(img) != common_shape:
             problems.append(
@@ -215,7 +231,7 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
 
 def space_of(img: SpatialImage) -> tuple:
     """Return a hashable key of an image's shape and affine."""
-    return volume_shape_of(img), np.round(img.affine, 2).tobytes()
+    return volume_shape_of(img), (np.round(img.affine, 2) + 0.0).tobytes()
 
 
 def read_cohort(csv_path: Path) -> Cohort:
@@ -296,8 +312,8 @@ def load_volume(file: str) -> tuple[np.ndarray, int]:
         raise RunError(f"{file} cannot be read: {error}") from None
     raw_data, n_nonfinite = finite(raw_data.reshape(volume_shape_of(img)))
     low, high = raw_data.min(), raw_data.max()
-    if not low < high:
-        raise RunError(f"{file} has no contrast: all its voxels are {low}")
+    if not (low < high and np.isfinite(high - low)):
+        raise RunError(f"{file} cannot be scaled: its voxels range from {low:g} to {high:g}")
     return (raw_data - low) / (high - low), n_nonfinite
 
 

@@ -21,7 +21,7 @@ def draw_folds(cohort: Cohort, n_folds: int, val_fraction: float, seed: int) -> 
     n_folds : int
     val_fraction : float
         Share of each fold's remaining scans that goes to validation. With subjects it is rounded
-        to 1/k, k an integer from 2.
+        to 1/k or 1 − 1/k, k an integer from 2.
     seed : int
 
     Returns
@@ -66,9 +66,12 @@ def draw_validation(
         if subjects is None:
             inner = StratifiedShuffleSplit(1, test_size=val_fraction, random_state=random_state)
             return next(inner.split(rest, labels[rest]))[1]
-        n_parts = max(2, round(1 / val_fraction))
-        inner = StratifiedGroupKFold(n_parts, shuffle=True, random_state=random_state)
-        return next(inner.split(rest, labels[rest], subjects.iloc[rest]))[1]
+        smaller_part = min(val_fraction, 1 - val_fraction)
+        inner = StratifiedGroupKFold(
+            max(2, round(1 / smaller_part)), shuffle=True, random_state=random_state
+        )
+        larger, smaller = next(inner.split(rest, labels[rest], subjects.iloc[rest]))
+        return smaller if val_fraction <= 0.5 else larger
     except ValueError as error:
         raise InputError(f"fold {fold} cannot set validation scans aside: {error}") from None
 
@@ -101,7 +104,9 @@ def read_splits(splits_path: Path, cohort: Cohort) -> pd.DataFrame:
         raise InputError(f"there is no {splits_path}; --subjects all does without it")
     try:
         splits = pd.read_csv(splits_path, dtype={"path": str, "subject": str})
-        splits = splits.set_index("path", drop=False, verify_integrity=True)
+        splits = splits.set_index("path", drop=False)
+        if "label" not in splits or not splits.index.is_unique:
+            raise ValueError("no column label, or a scan listed twice")
         folds = splits.filter(regex=FOLD_COLUMN)
         if folds.empty or not folds.isin(["train", "val", "test"]).all(axis=None):
             raise ValueError("no fold columns of train, val and test")

@@ -98,7 +98,7 @@ def plan_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> list[Fold]:
     """Return the folds of the run in --modelpath, each with the scans it explains."""
     if not args.modelpath.is_dir():
         raise InputError(f"there is no folder --modelpath {args.modelpath}")
-    n_folds = number_of_folds(args)
+    n_folds = number_of_folds(args, cohort)
     rows_of_fold = [np.arange(len(cohort.table))] * n_folds
     if args.subjects == "test":
         splits = folds.read_splits(args.modelpath / "splits.csv", cohort)
@@ -112,14 +112,22 @@ def plan_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> list[Fold]:
     ]
 
 
-def number_of_folds(args: argparse.Namespace) -> int:
-    """Return how many folds the run has, and hold the run's record against the options."""
+def number_of_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> int:
+    """Return how many folds the run has, and hold its record against options and scans."""
     run_path = args.modelpath / "run.json"
     if not run_path.is_file():
         return args.fold or N_FOLDS
     run = files.read_json(run_path)
     if run.get("model") != args.model:
         raise InputError(f"{run_path} says the run trained {run.get('model')}, not {args.model}")
+    if tuple(run.get("volume_shape") or ()) != cohort.volume_shape:
+        raise InputError(
+            f"{run_path} says the run's scans have shape {run.get('volume_shape')}, these have "
+            f"{list(cohort.volume_shape)}"
+        )
+    affine, here = np.array(run.get("affine"), dtype=float), cohort.like_img.affine
+    if not np.allclose(affine, here, rtol=0, atol=dataset.AFFINE_TOLERANCE_MM):
+        raise InputError(f"{run_path} says the run's scans have another affine than these")
     n_folds = run.get("n_folds")
     if not isinstance(n_folds, int) or n_folds < 1:
         raise InputError(f"{run_path} does not say how many folds there are (n_folds)")
@@ -167,6 +175,22 @@ def explain_batch(
     except FloatingPointError as error:
         raise RunError(f"{method} of {' or '.join(paths)}: {error}") from None
     return maps[:, 0].cpu().numpy()
+
+
+def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
+    """Give the model the fold's trained weights or, with --randomize, freshly drawn ones.
+
+    References
+    ----------
+    Adebayo et al., NeurIPS 2018, arXiv:1810.03292
+    """
+    if not args.randomize:
+        files.load_weights(model, fold.checkpoint_path)
+        return
+    utils.seed_everything(args.seed, fold.number)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 def explain_fold(
@@ -231,6 +255,11 @@ def describe_scan(
 # Writing
 
 
+def stem_of(args: argparse.Namespace, method: str) -> str:
+    """Return what the names of a method's files begin with."""
+    return f"{method}_random" if args.randomize else method
+
+
 def save_scan_map(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, method: str, row: int,
     map_data: np.ndarray,
@@ -238,7 +267,7 @@ def save_scan_map(
     """Write one scan's map; return its path below --outpath."""
     stem = re.sub(r"[^\w-]+", "_", Path(cohort.table["path"].iloc[row]).name.split(".")[0])
     name = f"{row + 1:05d}_{stem[:MAX_NAME_LENGTH]}_f{fold.number}.nii.gz"
-    folder = args.outpath / f"{method}_subjects"
+    folder = args.outpath / f"{stem_of(args, method)}_subjects"
     folder.mkdir(exist_ok=True)
     files.write_map(folder / name, map_data, cohort.like_img)
     return f"{folder.name}/{name}"
@@ -250,7 +279,7 @@ def write_fold_maps(
     """Write each method's mean map of a finished fold; return their paths."""
     written = []
     for method, result in results.items():
-        path = args.outpath / f"{method}_map_f{fold.number}.nii.gz"
+        path = args.outpath / f"{stem_of(args, method)}_map_f{fold.number}.nii.gz"
         files.write_map(path, result.of_fold.mean(), cohort.like_img)
         result.over_folds.add(result.of_fold.mean())
         result.of_fold = RunningMean()
@@ -263,18 +292,20 @@ def write_summary(
     result: MethodResults,
 ) -> list[Path]:  # fmt: skip
     """Write what a method found over all folds; return the paths."""
-    all_path = args.outpath / f"{method}_map_all.nii.gz"
-    table_path = args.outpath / f"{method}_predictions.csv"
+    stem = stem_of(args, method)
+    all_path = args.outpath / f"{stem}_map_all.nii.gz"
+    table_path = args.outpath / f"{stem}_predictions.csv"
     files.write_map(all_path, result.over_folds.mean(), cohort.like_img)
     table = pd.DataFrame(result.rows)
     files.write_csv(table_path, table)
     written = [all_path, table_path]
     for outcome, mean in result.by_outcome.items():
         if mean.n:
-            written.append(args.outpath / f"{method}_map_{outcome}.nii.gz")
+            written.append(args.outpath / f"{stem}_map_{outcome}.nii.gz")
             files.write_map(written[-1], mean.mean(), cohort.like_img)
     sidecar = {
         "method": method,
+        "random_weights": args.randomize,
         "parameters": method_options(args)[method],
         "target": args.target,
         "subjects": args.subjects,
@@ -290,9 +321,9 @@ def write_summary(
         },
         "versions": utils.versions(),
     }
-    files.write_json(args.outpath / f"{method}_map_all.json", sidecar)
+    files.write_json(args.outpath / f"{stem}_map_all.json", sidecar)
     log_completeness(method, sidecar["median_completeness_error"])
-    return [*written, args.outpath / f"{method}_map_all.json"]
+    return [*written, args.outpath / f"{stem}_map_all.json"]
 
 
 def log_completeness(method: str, error: float | None) -> None:
@@ -310,15 +341,13 @@ def log_completeness(method: str, error: float | None) -> None:
 
 def draw_map(args: argparse.Namespace, method: str) -> list[Path]:
     """Draw a method's mean map over the mean scan, as a picture and as a page; return the paths."""
-    map_img = nib.load(args.outpath / f"{method}_map_all.nii.gz")
+    stem = args.outpath / f"{stem_of(args, method)}_map_all"
+    map_img = nib.load(stem.with_suffix(".nii.gz"))
     background_img = nib.load(args.outpath / "mean_scan.nii.gz")
-    png_path, html_path = (
-        args.outpath / f"{method}_map_all{suffix}" for suffix in (".png", ".html")
-    )
-    title = f"{method}, mean over folds"
-    pictures.plot_mosaic(png_path, map_img, background_img, title)
-    report.write_viewer(html_path, map_img, background_img, title)
-    return [png_path, html_path]
+    title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
+    pictures.plot_mosaic(stem.with_suffix(".png"), map_img, background_img, title)
+    report.write_viewer(stem.with_suffix(".html"), map_img, background_img, title)
+    return [stem.with_suffix(".png"), stem.with_suffix(".html")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -348,6 +377,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="test: each scan by the fold that held it out; all: every scan by every fold")
     option("--by-outcome", action="store_true", help="also one mean map per TP, TN, FP and FN")
     option("--save-subjects", action="store_true", help="also one map per scan")
+    option("--randomize", action="store_true",
+           help="explain freshly drawn weights instead: what the architecture alone highlights, a "
+                "control for the maps, in files named {M}_random_*")
     option("--workers", type=number(int, at_least=0), default=1,
            help="processes that read scans; 0: the main process reads")
     # fmt: on
@@ -373,13 +405,12 @@ def main(args: argparse.Namespace) -> None:
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
     )
-    utils.seed_everything(args.seed)
     results = {method: MethodResults() for method in args.method}
     mean_scan = RunningMean()
     written = []
     with logging_redirect_tqdm([log]):
         for fold in tqdm(plan, "folds", disable=None):
-            files.load_weights(model, fold.checkpoint_path)
+            set_weights(args, model, fold)
             explain_fold(args, cohort, fold, model, device, results, mean_scan)
             written += write_fold_maps(args, cohort, fold, results)
 

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from nilearn import plotting
 from sklearn.metrics import roc_curve
 
@@ -50,6 +51,7 @@ def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
         axis.plot(history["epoch"], history["valid_loss"], color="C0", label="validation")
         axis.plot(best["epoch"], best["valid_loss"], "o", color="C3", label="kept")
         axis.set_title(f"fold {fold}", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(histories) :]:
         axis.set_axis_off()

@@ -24,6 +24,7 @@ SHOWN_VOXEL_MM = 2.0  # slices in report.html are no finer: it stays small
 N_REGIONS_SHOWN = 20
 IG_TOLERANCE = 0.05  # median completeness error above which a warning says so
 METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
+PICTURES = {"loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans"}
 OVERLAP_HEADS = {
     "dice_matched": "Dice, matched size",
     "dice_max": "Dice, best size",
@@ -95,7 +96,7 @@ def load_run(folder: Path) -> Run:
         raise InputError(f"--run {folder} is no finished run: {error}") from None
     record_path = folder / "run.json"
     name = files.read_json(record_path).get("model") if record_path.is_file() else folder.name
-    pictures = [folder / name for name in ("loss_curves.png", "roc.png")]
+    pictures = [folder / name for name in PICTURES]
     return Run(
         str(name), metrics, int((labels == 1).sum()), int((labels == 0).sum()),
         [path for path in pictures if path.is_file()],
@@ -304,9 +305,7 @@ def write_report(
         warnings="".join(f"<li>{html.escape(text)}</li>" for text in found) or "<li>None.</li>",
         metrics=metrics_html(runs) if runs else "<p>No --run was given.</p>",
         curves="".join(
-            picture_html(p, f"{run.name}: {p.stem.replace('_', ' ')}")
-            for run in runs
-            for p in run.pictures
+            picture_html(p, f"{run.name}: {PICTURES[p.name]}") for run in runs for p in run.pictures
         ),
         overlap=overlap_html(table),
         dice_curves=picture_html(path.with_name("dice_curves.png"), "Dice against voxels taken"),

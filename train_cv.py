@@ -93,15 +93,17 @@ class FoldState:
 # The run folder
 
 
-def open_run(args: argparse.Namespace, cohort: dataset.Cohort, device: torch.device) -> dict:
-    """Return the run's record: a new one, or that of the run in --outpath, to be continued."""
+def open_run(
+    args: argparse.Namespace, cohort: dataset.Cohort, device: torch.device
+) -> tuple[dict, bool]:
+    """Return the run's record, and whether it is new or that of the run in --outpath."""
     run_path = args.outpath / "run.json"
     csv_sha256 = files.sha256(args.path)
     if run_path.is_file() and not args.overwrite:
         run = files.read_json(run_path)
         check_same_run(run, args, csv_sha256)
-        return run
-    return {
+        return run, False
+    run = {
         "script": "train_cv.py",
         "model": args.model,
         "n_folds": args.fold,
@@ -116,11 +118,12 @@ def open_run(args: argparse.Namespace, cohort: dataset.Cohort, device: torch.dev
         "start": utils.now(),
         "end": None,
     }
+    return run, True
 
 
 def check_same_run(run: dict, args: argparse.Namespace, csv_sha256: str) -> None:
     """Refuse to continue a run with other options or another CSV."""
-    before = run.get("arguments", {})
+    before = run.get("arguments") or {}
     differing = [
         f"--{name.replace('_', '-')} {getattr(args, name)} (the run has {before.get(name)})"
         for name in RESULT_OPTIONS
@@ -135,10 +138,10 @@ def check_same_run(run: dict, args: argparse.Namespace, csv_sha256: str) -> None
         )
 
 
-def start_run(args: argparse.Namespace, run: dict, splits: pd.DataFrame) -> None:
-    """Write what a run starts with; with --overwrite, remove what an earlier run left."""
+def start_run(args: argparse.Namespace, run: dict, is_new: bool, splits: pd.DataFrame) -> None:
+    """Write what a run starts with; a new one first removes what another has left of its folds."""
     utils.make_outpath(args.outpath)
-    if args.overwrite:
+    if is_new:
         for pattern in ("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"):
             for path in args.outpath.glob(pattern):
                 path.unlink()
@@ -387,9 +390,9 @@ def main(args: argparse.Namespace) -> None:
         args.model, cohort.volume_shape
     )  # says what is wrong before anything is written
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    run = open_run(args, cohort, device)
+    run, is_new = open_run(args, cohort, device)
 
-    start_run(args, run, splits)
+    start_run(args, run, is_new, splits)
     utils.start_log(args.outpath / "train_cv.log")
     log.info(
         "%d scans of %s voxels on %s",

@@ -160,7 +160,9 @@ def seed_everything(*keys: int) -> None:
 def start_log(log_path: Path | None = None) -> None:
     """Log to stderr and, once there is an output folder, also to a file."""
     log.setLevel(logging.INFO)
-    log.handlers.clear()
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
     log.addHandler(logging.StreamHandler())
     if log_path is not None:
         to_file = logging.FileHandler(log_path, encoding="utf-8")

@@ -1,0 +1,144 @@
+"""The SVM against scikit-learn on the full matrix, and its pattern against the full covariance."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import N_FOLDS, N_SCANS, SHAPE, write_cohort
+from sklearn.svm import SVC
+
+import dataset
+import svm
+import utils
+
+
+def fit(csv_path: Path, outpath: Path, *more: str) -> None:
+    argv = ["--path", str(csv_path), "--outpath", str(outpath), "--workers", "0", *more]
+    svm.main(svm.parse_args(argv))
+
+
+@pytest.fixture(scope="module")
+def svm_path(cohort_csv, run_path, tmp_path_factory):
+    outpath = tmp_path_factory.mktemp("svm")
+    fit(cohort_csv, outpath, "--modelpath", str(run_path), "--C", "0.01")
+    return outpath
+
+
+@pytest.fixture(scope="module")
+def matrix(cohort_csv) -> tuple[np.ndarray, np.ndarray]:
+    """Return all scans as rows, float64, and their labels."""
+    table = dataset.read_cohort(cohort_csv).table
+    rows = [dataset.load_volume(file)[0].ravel() for file in table["file"]]
+    return np.array(rows, dtype=np.float64), table["label"].to_numpy()
+
+
+def load(path: Path) -> np.ndarray:
+    return nib.load(path).get_fdata().ravel()
+
+
+@pytest.mark.parametrize("fold", range(N_FOLDS))
+def test_weights_and_decisions_are_sklearns(svm_path, run_path, matrix, fold):
+    volumes, labels = matrix
+    train = (pd.read_csv(run_path / "splits.csv")[f"fold_{fold}"] != "test").to_numpy()
+    svc = SVC(kernel="linear", C=0.01, tol=1e-9).fit(volumes[train], labels[train])
+    found = load(svm_path / f"SVM_weights_f{fold}.nii.gz")
+    assert np.abs(found - svc.coef_[0]).max() < 1e-6 * np.abs(svc.coef_).max() + 1e-9
+    predictions = pd.read_csv(svm_path / "predictions.csv")[~train]
+    expected = svc.decision_function(volumes[~train])
+    assert predictions["decision"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert (predictions["predicted"] == svc.predict(volumes[~train])).all()
+
+
+@pytest.mark.parametrize("fold", range(N_FOLDS))
+def test_pattern_is_the_covariances(svm_path, run_path, matrix, fold):
+    """A = Cov(X)·w / Var(X·w), with the covariance written out on some of the voxels."""
+    volumes, _ = matrix
+    train = (pd.read_csv(run_path / "splits.csv")[f"fold_{fold}"] != "test").to_numpy()
+    weights = load(svm_path / f"SVM_weights_f{fold}.nii.gz")
+    some = slice(5000, 5800)
+    centred = volumes[train] - volumes[train].mean(0)
+    covariance = centred[:, some].T @ centred / (train.sum() - 1)
+    expected = covariance @ weights / np.var(centred @ weights, ddof=1)
+    found = load(svm_path / f"SVM_pattern_f{fold}.nii.gz")[some]
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_means_and_files(svm_path):
+    for name in svm.MAPS:
+        fold_maps = [load(svm_path / f"SVM_{name}_f{fold}.nii.gz") for fold in range(N_FOLDS)]
+        found = load(svm_path / f"SVM_{name}_all.nii.gz")
+        assert np.abs(found - np.mean(fold_maps, axis=0)).max() < 1e-6 * np.abs(found).max()
+        assert (svm_path / f"SVM_{name}_all.png").is_file()
+    assert not (svm_path / svm.CACHE_NAME).exists()
+    assert nib.load(svm_path / "SVM_weights_all.nii.gz").shape == SHAPE
+
+
+def test_mean_scan(svm_path, matrix):
+    assert load(svm_path / "mean_scan.nii.gz") == pytest.approx(matrix[0].mean(0), abs=1e-6)
+
+
+def test_same_folds_and_format_as_the_networks(svm_path, run_path):
+    ours, theirs = (pd.read_csv(p / "predictions.csv") for p in (svm_path, run_path))
+    assert (ours[["path", "label", "fold"]] == theirs[["path", "label", "fold"]]).all(axis=None)
+    assert list(ours.columns[:5]) == list(theirs.columns)
+    ours, theirs = (pd.read_csv(p / "metrics.csv") for p in (svm_path, run_path))
+    assert list(ours.columns) == list(theirs.columns) and list(ours.fold) == list(theirs.fold)
+
+
+def test_folds_drawn_without_a_run_are_train_cvs(cohort_csv, run_path, tmp_path):
+    fit(cohort_csv, tmp_path, "--fold", str(N_FOLDS))
+    assert (tmp_path / "splits.csv").read_bytes() == (run_path / "splits.csv").read_bytes()
+
+
+def test_blocks_change_nothing(svm_path, cohort_csv, run_path, tmp_path, monkeypatch):
+    """With blocks of a few hundred voxels instead of all at once."""
+    monkeypatch.setattr(svm, "BLOCK_BYTES", 4 * N_SCANS * 777)
+    fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
+    for name in ("SVM_weights_f0.nii.gz", "SVM_pattern_all.nii.gz"):
+        expected = load(svm_path / name)
+        assert np.abs(load(tmp_path / name) - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_every_scan_is_read_once(cohort_csv, run_path, tmp_path, monkeypatch):
+    read = []
+    original = dataset.load_volume
+    monkeypatch.setattr(dataset, "load_volume", lambda file: read.append(file) or original(file))
+    fit(cohort_csv, tmp_path, "--modelpath", str(run_path))
+    assert len(read) == len(set(read)) == N_SCANS
+
+
+def test_the_same_command_twice_gives_identical_tables(svm_path, cohort_csv, run_path, tmp_path):
+    fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
+    for name in ("predictions.csv", "metrics.csv"):
+        assert (tmp_path / name).read_bytes() == (svm_path / name).read_bytes()
+
+
+def test_centring_is_on_the_training_scans():
+    rng = np.random.default_rng(0)
+    volumes, rows = rng.random((6, 9)), np.array([0, 2, 3])
+    centred = volumes - volumes[rows].mean(0)
+    assert svm.centred_on(volumes @ volumes.T, rows) == pytest.approx(centred @ centred.T)
+
+
+@pytest.mark.parametrize("case", ["no folder", "no splits", "another cohort", "C"])
+def test_bad_input(case, cohort_csv, run_path, tmp_path, capsys):
+    outpath, more = tmp_path / "out", ["--modelpath", str(run_path)]
+    if case == "no folder":
+        more, message = ["--modelpath", str(tmp_path / "nothing")], "there is no folder"
+    elif case == "no splits":
+        more, message = ["--modelpath", str(cohort_csv.parent)], "splits.csv"
+    elif case == "another cohort":
+        cohort_csv = write_cohort(tmp_path / "cohort", N_SCANS + 2)
+        message = "the CSV's scans are not those of"
+    else:
+        more, message = ["--C", "0"], "--C: must be above 0"
+    try:
+        args = svm.parse_args(["--path", str(cohort_csv), "--outpath", str(outpath), *more])
+        status = utils.run_script(svm.main, args)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not outpath.exists()
