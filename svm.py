@@ -36,6 +36,7 @@ import folds
 import metrics
 import pictures
 import report
+import runs
 import utils
 from utils import InputError, log
 
@@ -225,22 +226,6 @@ def predictions_table(
     )
 
 
-def record_of(args: argparse.Namespace, cohort: dataset.Cohort, n_folds: int) -> dict:
-    """Return the run's record, as the networks have one."""
-    return {
-        "script": "svm.py",
-        "model": "linear SVM",
-        "n_folds": n_folds,
-        "arguments": {name: files.plain(value) for name, value in vars(args).items()},
-        "n_scans": len(cohort.table),
-        "volume_shape": cohort.volume_shape,
-        "affine": cohort.like_img.affine.tolist(),
-        "seed": args.seed,
-        "versions": utils.versions(),
-        "end": utils.now(),
-    }
-
-
 def write_maps(
     args: argparse.Namespace, cohort: dataset.Cohort, maps: np.ndarray, mean: np.ndarray
 ) -> list[Path]:
@@ -300,6 +285,8 @@ def main(args: argparse.Namespace) -> None:
     parts = splits.filter(regex=folds.FOLD_COLUMN)
     labels = cohort.table["label"].to_numpy()
 
+    run = runs.new_record(args, cohort, "svm.py", "linear SVM")
+
     utils.make_outpath(args.outpath)
     utils.start_log(args.outpath / "svm.log")
     start = time.perf_counter()
@@ -320,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
 
     predictions = predictions_table(cohort, splits, fits)
     table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
-    files.write_json(args.outpath / "run.json", record_of(args, cohort, len(fits)))
+    files.write_json(args.outpath / "run.json", run | {"n_folds": len(fits), "end": utils.now()})
     files.write_csv(args.outpath / "splits.csv", splits)
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)

@@ -30,8 +30,9 @@ import folds
 import metrics
 import models
 import pictures
+import runs
 import utils
-from utils import InputError, RunError, log
+from utils import RunError, log
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = 5
@@ -44,18 +45,6 @@ DELTA = 0.0
 
 VAL_FRACTION = 0.2
 MAX_WORKERS = 4
-RESULT_OPTIONS = [
-    "model",
-    "batch",
-    "fold",
-    "lr",
-    "wd",
-    "epochs",
-    "patience",
-    "delta",
-    "val_fraction",
-    "seed",
-]
 
 
 @dataclass
@@ -88,65 +77,6 @@ class FoldState:
             self.best_loss = epoch_record["valid_loss"]
             self.best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
         return is_best
-
-
-# The run folder
-
-
-def open_run(
-    args: argparse.Namespace, cohort: dataset.Cohort, device: torch.device
-) -> tuple[dict, bool]:
-    """Return the run's record, and whether it is new or that of the run in --outpath."""
-    run_path = args.outpath / "run.json"
-    csv_sha256 = files.sha256(args.path)
-    if run_path.is_file() and not args.overwrite:
-        run = files.read_json(run_path)
-        check_same_run(run, args, csv_sha256)
-        return run, False
-    run = {
-        "script": "train_cv.py",
-        "model": args.model,
-        "n_folds": args.fold,
-        "arguments": {name: files.plain(value) for name, value in vars(args).items()},
-        "csv_sha256": csv_sha256,
-        "n_scans": len(cohort.table),
-        "volume_shape": cohort.volume_shape,
-        "affine": cohort.like_img.affine.tolist(),
-        "device": utils.describe_device(device),
-        "seed": args.seed,
-        "versions": utils.versions(),
-        "start": utils.now(),
-        "end": None,
-    }
-    return run, True
-
-
-def check_same_run(run: dict, args: argparse.Namespace, csv_sha256: str) -> None:
-    """Refuse to continue a run with other options or another CSV."""
-    before = run.get("arguments") or {}
-    differing = [
-        f"--{name.replace('_', '-')} {getattr(args, name)} (the run has {before.get(name)})"
-        for name in RESULT_OPTIONS
-        if before.get(name) != getattr(args, name)
-    ]
-    if run.get("csv_sha256") != csv_sha256:
-        differing.append(f"--path {args.path} (its content has changed)")
-    if differing:
-        raise InputError(
-            f"{args.outpath} holds a run with other options: {'; '.join(differing)}. Choose "
-            "another --outpath, or start anew with --overwrite"
-        )
-
-
-def start_run(args: argparse.Namespace, run: dict, is_new: bool, splits: pd.DataFrame) -> None:
-    """Write what a run starts with; a new one first removes what another has left of its folds."""
-    utils.make_outpath(args.outpath)
-    if is_new:
-        for pattern in ("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"):
-            for path in args.outpath.glob(pattern):
-                path.unlink()
-    files.write_json(args.outpath / "run.json", run)
-    files.write_csv(args.outpath / "splits.csv", splits)
 
 
 # One fold
@@ -390,9 +320,9 @@ def main(args: argparse.Namespace) -> None:
         args.model, cohort.volume_shape
     )  # says what is wrong before anything is written
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    run, is_new = open_run(args, cohort, device)
+    run, is_new = runs.open_run(args, cohort, device)
 
-    start_run(args, run, is_new, splits)
+    runs.start_run(args.outpath, run, is_new, splits)
     utils.start_log(args.outpath / "train_cv.log")
     log.info(
         "%d scans of %s voxels on %s",
