@@ -15,18 +15,20 @@ DEMO := demo
 demo: .venv/ready
 	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 160 --voxel 5
 	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
-		--model modelT8 --lr 5e-4 --epochs 60 --patience 15 --device cpu
+		--model modelT8 --lr 5e-4 --epochs 50 --patience 15 --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT8 --method LRP IG GGC --steps 20 --outpath $(DEMO)/maps --device cpu
+		--model modelT8 --method LRP IG GGC --target 1 --steps 20 \
+		--outpath $(DEMO)/maps --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT8 --method GGC --randomize --outpath $(DEMO)/maps --device cpu
+		--model modelT8 --method GGC --target 1 --randomize \
+		--outpath $(DEMO)/maps --device cpu
 	$(BIN)/python svm.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
 		--outpath $(DEMO)/svm
 	$(BIN)/python compare.py --maps $(DEMO)/svm/SVM_weights_all.nii.gz \
 		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/maps/LRP_map_all.nii.gz \
 		$(DEMO)/maps/IG_map_all.nii.gz $(DEMO)/maps/GGC_map_all.nii.gz \
 		$(DEMO)/maps/GGC_random_map_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
-		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
+		--mask $(DEMO)/cohort/brain.nii.gz 		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
 
 test: .venv/ready
 	$(BIN)/python -m pytest

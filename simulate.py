@@ -9,7 +9,7 @@ amygdalae, parahippocampal gyri, posterior cingulate and temporo-parietal cortex
     python3 simulate.py --outpath ./cohort1mm/ --n 20 --voxel 1
 
 Written: sub-0001.nii.gz …, data.csv, truth.nii.gz (binary), truth_weights.nii.gz (the share of
-tissue at stake per voxel, 0 to 1) and simulation.json.
+tissue at stake per voxel, 0 to 1), brain.nii.gz (a mask for compare.py) and simulation.json.
 """
 
 import argparse
@@ -209,11 +209,13 @@ def save_scan(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
 def write_truth(
     outpath: Path, template: Template, coordinates: np.ndarray, affine: np.ndarray
 ) -> int:
-    """Write the truth maps, in the template's own anatomy; return how many voxels are true."""
+    """Write truth and brain in the template's own anatomy; return how many voxels are true."""
     weight_data = map_coordinates(template.weight_data, coordinates, order=1)
     truth_data = weight_data > TRUTH_THRESHOLD
     save_scan(outpath / "truth_weights.nii.gz", weight_data.astype(np.float32), affine)
     save_scan(outpath / "truth.nii.gz", truth_data.astype(np.uint8), affine)
+    brain_data = map_coordinates(template.brain_data, coordinates, order=1) > 0.5
+    save_scan(outpath / "brain.nii.gz", brain_data.astype(np.uint8), affine)
     return int(truth_data.sum())
 
 

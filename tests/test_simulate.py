@@ -68,7 +68,7 @@ def test_truth_lies_in_the_hippocampi_on_both_sides(cohort_path):
 
 def test_seed_decides(tmp_path):
     def scan(seed, name):
-        argv = ["--outpath", str(tmp_path / name), "--n", "2", "--voxel", "8", "--seed", seed]
+        argv = ["--outpath", str(tmp_path / name), "--n", "2", "--voxel", "12", "--seed", seed]
         simulate.main(simulate.parse_args(argv))
         return (tmp_path / name / "sub-0002.nii.gz").read_bytes()
 
