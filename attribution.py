@@ -4,156 +4,27 @@ Pure functions of a model and a volume: no files, no devices of their own. All e
 (before softmax) of a target class, and leave the model exactly as it was.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from captum.attr import LRP, GuidedGradCam, IntegratedGradients
-from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
-from torch.nn import functional
+
+import convolution
+from first_block import FirstBlock, first_block_of
+from lrp_rules import RULES
+from utils import log
 
 BETA = 0.5
 N_STEPS = 100
-STABILIZER = 1e-6  # added to a denominator with the denominator's own sign
 
 Targets = int | Tensor
 
 
 # Layer-wise relevance propagation
-
-
-def stabilized_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return numerator / denominator, 0 where the denominator is exactly 0."""
-    safe = denominator + STABILIZER * torch.sign(denominator)
-    return torch.where(denominator == 0, 0, numerator / safe)
-
-
-def linear_sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return Σ_i inputs_i · weight_ij over the inputs i of each neuron j, bias left out."""
-    if isinstance(layer, nn.Linear):
-        return functional.linear(inputs, weight)
-    return functional.conv3d(
-        inputs, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
-
-
-def transposed_sums(layer: nn.Module, inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
-    """Return Σ_j outputs_j · weight_ij over the neurons j that each input i feeds."""
-    if isinstance(layer, nn.Linear):
-        return outputs @ weight
-    return torch.nn.grad.conv3d_input(
-        inputs.shape, weight, outputs, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
-
-
-def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: float) -> Tensor:
-    """Propagate relevance from a layer's outputs to its inputs by the β-rule.
-
-    Parameters
-    ----------
-    layer : Conv3d or Linear
-    inputs : Tensor, shape (N, …)
-        The layer's inputs a_i.
-    relevance : Tensor, shape of the layer's outputs
-    beta : float
-        R_i = Σ_j [(1+β)·max(z_ij, 0)/z⁺_j − β·min(z_ij, 0)/z⁻_j]·R_j with z_ij = a_i·w_ij.
-
-    Returns
-    -------
-    Tensor, shape of inputs
-        It sums to the relevance of the neurons with any input, up to the stabilizer: a neuron j
-        with only one kind of input gives that kind weight 1.
-
-    References
-    ----------
-    Bach et al., PLOS ONE 10(7):e0130140, 2015, doi:10.1371/journal.pone.0130140
-    """
-    positive_weight, negative_weight = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    # an input below 0 swaps the kinds: z_ij is positive where both signs agree
-    parts = [(inputs.clamp(min=0), positive_weight, negative_weight)]
-    if (inputs < 0).any():
-        parts.append((inputs.clamp(max=0), negative_weight, positive_weight))
-    z_positive = sum(linear_sums(layer, part, agreeing) for part, agreeing, _ in parts)
-    z_negative = sum(linear_sums(layer, part, opposing) for part, _, opposing in parts)
-    weight_of_positive = 1 + beta * (z_negative != 0).to(relevance.dtype)
-    weight_of_negative = 1 - (1 + beta) * (z_positive != 0).to(relevance.dtype)
-    share_positive = stabilized_ratio(weight_of_positive * relevance, z_positive)
-    share_negative = stabilized_ratio(weight_of_negative * relevance, z_negative)
-    return sum(
-        part
-        * (
-            transposed_sums(layer, part, agreeing, share_positive)
-            + transposed_sums(layer, part, opposing, share_negative)
-        )
-        for part, agreeing, opposing in parts
-    )
-
-
-class _Propagate(torch.autograd.Function):
-    """Hand a layer's outputs on; in the backward pass let a rule turn relevance into relevance."""
-
-    @staticmethod
-    def forward(ctx, inputs, outputs, propagate):
-        ctx.save_for_backward(inputs)
-        ctx.propagate = propagate
-        return outputs.clone()
-
-    @staticmethod
-    def backward(ctx, relevance):
-        return ctx.propagate(ctx.saved_tensors[0], relevance), None, None
-
-
-class _OwnBackward(PropagationRule):
-    """A captum rule that computes a layer's relevance itself and never touches its weights."""
-
-    def forward_hook_weights(self, module, inputs, outputs):
-        """Leave the weights as they are."""
-
-    def forward_pre_hook_activations(self, module, inputs):
-        """Leave the inputs as they are: no weight was changed, so they are the right ones."""
-
-    def _manipulate_weights(self, module, inputs, outputs):
-        """Leave the weights as they are."""
-
-
-class BetaRule(_OwnBackward):
-    """The β-rule as a captum propagation rule for Conv3d and Linear; see `beta_relevance`."""
-
-    def __init__(self, beta: float):
-        self.beta = beta
-
-    def forward_hook(self, module, inputs, outputs):
-        """Cut the layer out of the gradient's way and put the rule in its place."""
-
-        def propagate(layer_inputs, relevance):
-            return beta_relevance(module, layer_inputs, relevance, self.beta)
-
-        return _Propagate.apply(inputs[0], outputs.detach(), propagate)
-
-
-class IdentityRule(_OwnBackward):
-    """Pass relevance through unchanged, for layers with one output per input."""
-
-    def forward_hook(self, module, inputs, outputs):
-        """Cut the layer out of the gradient's way."""
-        return _Propagate.apply(inputs[0], outputs.detach(), lambda _, relevance: relevance)
-
-
-class WinnerTakesAllRule(_OwnBackward):
-    """Give a pooling window's relevance to its largest voxel: the gradient of max-pooling."""
-
-    def forward_hook(self, module, inputs, outputs):
-        """Leave the layer in the gradient's way."""
-
-
-RULES: dict[type, Callable[[float], PropagationRule]] = {
-    nn.Conv3d: BetaRule,
-    nn.Linear: BetaRule,
-    nn.BatchNorm3d: lambda beta: IdentityRule(),
-    nn.MaxPool3d: lambda beta: WinnerTakesAllRule(),
-}  # captum itself passes relevance through ReLU and Dropout
 
 
 def lrp(model: nn.Module, volume: Tensor, target: Targets, beta: float = BETA) -> Tensor:
@@ -230,23 +101,40 @@ def integrated_gradients(
     Sundararajan et al., ICML 2017, arXiv:1703.01365
     """
     targets = torch.as_tensor(target).expand(len(volume))
-    method = IntegratedGradients(model)
+    options = {"n_steps": n_steps, "method": "riemann_left", "internal_batch_size": batch_size}
 
-    def attribute() -> Tensor:
-        maps = [
-            method.attribute(
-                one_volume.detach()[None],
-                baselines=0,
-                target=int(one_target),
-                n_steps=n_steps,
-                method="riemann_left",
-                internal_batch_size=batch_size,
-            )
-            for one_volume, one_target in zip(volume, targets, strict=True)
-        ]
+    def attribute(with_shortcut: bool = True) -> Tensor:
+        maps = []
+        for one_volume, one_target in zip(volume.detach()[:, None], targets.tolist(), strict=True):
+            block = first_block_of(model, one_volume) if with_shortcut else None
+            if with_shortcut and block is None:
+                _say_once("integrated gradients: no linear first block, every step is a whole pass")
+            if block is None:
+                method = IntegratedGradients(model)
+                maps.append(method.attribute(one_volume, 0, target=one_target, **options))
+            else:
+                maps.append(_integrate_after(block, one_volume, one_target, options))
         return torch.cat(maps).to(volume.dtype)
 
-    return _attribute_on(model, attribute)
+    return _attribute_on(model, attribute, functools.partial(attribute, with_shortcut=False))
+
+
+def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: dict) -> Tensor:
+    """Integrate gradients on what follows the first pooling, and carry them back once."""
+    pooled, winners = block.pooled(volume)
+    method = IntegratedGradients(block.rest, multiply_by_inputs=False)
+    gradient = method.attribute(pooled, 0, target=target, **options)
+    # at the zero volume all voxels of a pooling window tie, and the first one wins
+    at_zero = torch.zeros_like(pooled, requires_grad=True)
+    (first_gradient,) = torch.autograd.grad(block.rest(at_zero)[:, target].sum(), at_zero)
+    first_gradient /= options["n_steps"]
+    return volume * block.input_gradient(volume, gradient - first_gradient, winners, first_gradient)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """Log a message the first time only."""
+    log.info(message)
 
 
 # Guided Grad-CAM
@@ -309,6 +197,7 @@ def _explaining(model: nn.Module) -> Iterator[None]:
     was_training = {module: module.training for module in model.modules()}
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
+    handles = convolution.hook_fast_input_gradients(model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
@@ -317,6 +206,8 @@ def _explaining(model: nn.Module) -> Iterator[None]:
             )
             yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module, training in was_training.items():
             module.training = training
             for leftover in ("rule", "activations"):  # captum's, after LRP
@@ -325,8 +216,13 @@ def _explaining(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _attribute_on(model: nn.Module, attribute: Callable[[], Tensor]) -> Tensor:
-    """Run an attribution on a model and return its maps, detached; maps and logits are finite."""
+def _attribute_on(
+    model: nn.Module, attribute: Callable[[], Tensor], diagnose: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """Run an attribution on a model and return its maps, detached; maps and logits are finite.
+
+    `diagnose` is the same attribution through all layers, to find where a NaN began.
+    """
     finite_logits = []
     handle = model.register_forward_hook(
         lambda _, inputs, logits: finite_logits.append(torch.isfinite(logits).all())
@@ -337,7 +233,7 @@ def _attribute_on(model: nn.Module, attribute: Callable[[], Tensor]) -> Tensor:
         finally:
             handle.remove()
         if not (torch.isfinite(maps).all() and torch.stack(finite_logits).all()):
-            layer, kind = _first_nonfinite(model, attribute)
+            layer, kind = _first_nonfinite(model, diagnose or attribute)
             raise FloatingPointError(
                 f"the map or the logits are NaN or infinite; that began in {layer} ({kind})"
             )

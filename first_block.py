@@ -1,0 +1,117 @@
+"""The first block of a CNN along a straight path from zero: linear up to the first pooling.
+
+With baseline 0, batch normalisation in eval mode, u the convolution without bias scaled by the
+batch normalisation, and v what does not depend on the volume:
+max-pool(relu(α·u + v)) = relu(α·max-pool(u) + v) for α ≥ 0. So the first convolution and its
+pooling are computed once per scan instead of once per step, and each step starts from there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convolution import is_plain_one_channel, transposed_sums
+
+SAME_LOGITS = 1e-3  # relative: what rounding may make of two ways to one logit
+
+
+class _Rest(nn.Module):
+    """The network from its first pooling on, as a function of α·max-pool(u)."""
+
+    def __init__(self, model: nn.Module, shift: Tensor):
+        super().__init__()
+        self.features, self.classifier = model.features[4:], model.classifier
+        self.shift = shift
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return logits (N, n_classes) for pooled volumes (N, C, d, h, w)."""
+        features = self.features(functional.relu(pooled + self.shift))
+        return self.classifier(torch.flatten(features, 1))
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """Convolution, batch normalisation, ReLU and max-pooling at the start of a network.
+
+    Attributes
+    ----------
+    convolution : Conv3d
+    weight : Tensor, shape (C, 1, K, L, M)
+        Its weight times the batch normalisation's scale.
+    pooling : int
+        Side and stride of the pooling, in voxels.
+    rest : Module
+        What follows, from pooled volumes to logits.
+    """
+
+    convolution: nn.Conv3d
+    weight: Tensor
+    pooling: int
+    rest: nn.Module
+
+    @torch.no_grad()
+    def pooled(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """Return max-pool(u) of volumes (N, 1, D, H, W), and which voxel won each window."""
+        scaled = functional.conv3d(volume, self.weight)
+        return functional.max_pool3d(scaled, self.pooling, return_indices=True)
+
+    @torch.no_grad()
+    def input_gradient(
+        self, volume: Tensor, gradient: Tensor, winners: Tensor, first_gradient: Tensor
+    ) -> Tensor:
+        """Carry gradients after the pooling back to the volume.
+
+        Parameters
+        ----------
+        volume : Tensor, shape (N, 1, D, H, W)
+        gradient, winners : Tensors, shape (N, C, d, h, w)
+            The gradient that belongs to each window's winner.
+        first_gradient : Tensor, shape (N, C, d, h, w)
+            The gradient that belongs to each window's first voxel.
+        """
+        kernel = self.weight.shape[2:]
+        sides = [n - k + 1 for n, k in zip(volume.shape[2:], kernel, strict=True)]
+        unpooled = gradient.new_zeros(*gradient.shape[:2], *sides)
+        unpooled.flatten(2).scatter_(2, winners.flatten(2), gradient.flatten(2))
+        covered = tuple(slice(0, n * self.pooling, self.pooling) for n in gradient.shape[2:])
+        unpooled[(..., *covered)] += first_gradient
+        return transposed_sums(self.convolution, volume, self.weight, unpooled)
+
+
+def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
+    """Return a model's first block, or None if the model is not built in the way this needs.
+
+    Parameters
+    ----------
+    model : Module
+        In eval mode.
+    volume : Tensor, shape (N, 1, D, H, W)
+        On it, the block and the rest must give the model's own logits.
+    """
+    features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
+    if not (isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential)):
+        return None
+    if [type(m) for m in features[:4]] != [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]:
+        return None
+    convolution, norm, _, pooling = features[:4]
+    if not (is_plain_one_channel(convolution) and is_plain_pooling(pooling)):
+        return None
+    if convolution.bias is None or norm.running_var is None or norm.weight is None:
+        return None
+    scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps)).detach()
+    shift = ((convolution.bias - norm.running_mean) * scale + norm.bias).detach()
+    weight = convolution.weight.detach() * scale.view(-1, 1, 1, 1, 1)
+    rest = _Rest(model, shift.view(1, -1, 1, 1, 1)).eval()
+    block = FirstBlock(convolution, weight, pooling.kernel_size, rest)
+    with torch.no_grad():
+        expected, found = model(volume), rest(block.pooled(volume)[0])
+    same = torch.allclose(found, expected, rtol=SAME_LOGITS, atol=SAME_LOGITS)
+    return block if same else None
+
+
+def is_plain_pooling(pooling: nn.MaxPool3d) -> bool:
+    """Tell whether max-pooling has cubic windows side by side and no padding."""
+    cubic = isinstance(pooling.kernel_size, int) and pooling.stride == pooling.kernel_size
+    return cubic and pooling.padding == 0 and pooling.dilation == 1 and not pooling.ceil_mode
