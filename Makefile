@@ -28,7 +28,8 @@ demo: .venv/ready
 		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/maps/LRP_map_all.nii.gz \
 		$(DEMO)/maps/IG_map_all.nii.gz $(DEMO)/maps/GGC_map_all.nii.gz \
 		$(DEMO)/maps/GGC_random_map_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
-		--mask $(DEMO)/cohort/brain.nii.gz 		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
+		--mask $(DEMO)/cohort/brain.nii.gz \
+		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
 
 test: .venv/ready
 	$(BIN)/python -m pytest
