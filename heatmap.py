@@ -15,7 +15,7 @@ Written to --outpath, {M} being the method: {M}_map_f*.nii.gz, their mean {M}_ma
 import argparse
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -31,6 +31,7 @@ import attribution
 import dataset
 import files
 import folds
+import maps
 import models
 import pictures
 import report
@@ -38,48 +39,8 @@ import utils
 from utils import InputError, RunError, log
 
 N_FOLDS = 5  # of a folder without run.json
-OUTCOMES = ("TP", "TN", "FP", "FN")
 IG_TOLERANCE = 0.05  # median completeness error above which more --steps are advised
 MAX_NAME_LENGTH = 80
-
-
-@dataclass
-class RunningMean:
-    """A mean of volumes that holds only their sum."""
-
-    total: np.ndarray | None = None
-    n: int = 0
-
-    def add(self, data: np.ndarray) -> None:
-        """Take in one volume, shape (D, H, W)."""
-        self.total = data.astype(np.float64) if self.total is None else self.total + data
-        self.n += 1
-
-    def mean(self) -> np.ndarray:
-        """Return the mean volume, float64."""
-        return self.total / self.n
-
-
-@dataclass
-class MethodResults:
-    """What one method has gathered so far.
-
-    Attributes
-    ----------
-    of_fold : RunningMean
-        Over the scans of the fold at work.
-    over_folds : RunningMean
-        Over the means of the finished folds.
-    by_outcome : dict of str to RunningMean
-        Over all scans with that outcome.
-    rows : list of dict
-        Of {M}_predictions.csv.
-    """
-
-    of_fold: RunningMean = field(default_factory=RunningMean)
-    over_folds: RunningMean = field(default_factory=RunningMean)
-    by_outcome: dict = field(default_factory=lambda: {name: RunningMean() for name in OUTCOMES})
-    rows: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -139,18 +100,6 @@ def number_of_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> int:
 # Explaining
 
 
-def choose_targets(target: str, labels: Tensor, predicted: Tensor) -> Tensor:
-    """Return the class to explain for each scan, int64 of shape (N,)."""
-    if target == "label":
-        return labels
-    return predicted if target == "predicted" else torch.full_like(labels, int(target))
-
-
-def outcome_of(label: int, predicted: int) -> str:
-    """Return TP, TN, FP or FN; label 1 is positive."""
-    return ("T" if label == predicted else "F") + ("P" if predicted == 1 else "N")
-
-
 def method_options(args: argparse.Namespace) -> dict[str, dict]:
     """Return each method's own parameters."""
     return {
@@ -160,21 +109,15 @@ def method_options(args: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def completeness_error(method: str, total: float, logit: float, zero_logit: float) -> float:
-    """Return how far a map's sum is from what it explains, relative to that; NaN for GGC."""
-    explained = {"LRP": logit, "IG": logit - zero_logit}.get(method, np.nan)
-    return abs(total - explained) / abs(explained) if explained else np.inf
-
-
 def explain_batch(
     method: str, model: nn.Module, volumes: Tensor, targets: Tensor, options: dict, paths: list[str]
 ) -> np.ndarray:
     """Return the maps of a batch, float32 of shape (N, D, H, W)."""
     try:
-        maps = attribution.METHODS[method](model, volumes, targets, **options)
+        found = attribution.METHODS[method](model, volumes, targets, **options)
     except FloatingPointError as error:
         raise RunError(f"{method} of {' or '.join(paths)}: {error}") from None
-    return maps[:, 0].cpu().numpy()
+    return found[:, 0].cpu().numpy()
 
 
 def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
@@ -195,7 +138,7 @@ def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
 
 def explain_fold(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, model: nn.Module,
-    device: torch.device, results: dict[str, MethodResults], mean_scan: RunningMean,
+    device: torch.device, results: dict[str, maps.MethodResults], mean_scan: maps.RunningMean,
 ) -> None:  # fmt: skip
     """Explain a fold's scans by every method and add their maps to the results."""
     scans = dataset.ScanDataset(cohort.table, fold.rows)
@@ -213,11 +156,13 @@ def explain_fold(
         with torch.no_grad():
             logits = model(volumes).cpu()
         paths = cohort.table["path"].iloc[rows.numpy()].tolist()
-        targets = choose_targets(args.target, labels, logits.argmax(1))
+        targets = maps.choose_targets(args.target, labels, logits.argmax(1))
         for method in args.method:
-            maps = explain_batch(method, model, volumes, targets.to(device), options[method], paths)
-            for i, map_data in enumerate(maps):
-                row = describe_scan(
+            batch_maps = explain_batch(
+                method, model, volumes, targets.to(device), options[method], paths
+            )
+            for i, map_data in enumerate(batch_maps):
+                row = maps.describe_scan(
                     method, fold.number, paths[i], int(labels[i]), logits[i], int(targets[i]),
                     float(map_data.sum(dtype=np.float64)), zero_logits[targets[i]],
                 )  # fmt: skip
@@ -231,25 +176,6 @@ def explain_fold(
     bar.close()
     if scans.n_nonfinite.any():
         log.warning("fold %d: %d non-finite voxels set to 0", fold.number, scans.n_nonfinite.sum())
-
-
-def describe_scan(
-    method: str, fold: int, path: str, label: int, logits: Tensor, target: int, total: float,
-    zero_logit: float,
-) -> dict:  # fmt: skip
-    """Return a scan's row of {M}_predictions.csv."""
-    predicted, logit = int(logits.argmax()), float(logits[target])
-    return {
-        "path": path,
-        "label": label,
-        "fold": fold,
-        "predicted": predicted,
-        "probability": float(torch.softmax(logits.double(), 0)[1]),
-        "outcome": outcome_of(label, predicted),
-        "logit": logit,
-        "map_sum": total,
-        "completeness_error": completeness_error(method, total, logit, zero_logit),
-    }
 
 
 # Writing
@@ -274,7 +200,10 @@ def save_scan_map(
 
 
 def write_fold_maps(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, results: dict[str, MethodResults]
+    args: argparse.Namespace,
+    cohort: dataset.Cohort,
+    fold: Fold,
+    results: dict[str, maps.MethodResults],
 ) -> list[Path]:
     """Write each method's mean map of a finished fold; return their paths."""
     written = []
@@ -282,14 +211,14 @@ def write_fold_maps(
         path = args.outpath / f"{stem_of(args, method)}_map_f{fold.number}.nii.gz"
         files.write_map(path, result.of_fold.mean(), cohort.like_img)
         result.over_folds.add(result.of_fold.mean())
-        result.of_fold = RunningMean()
+        result.of_fold = maps.RunningMean()
         written.append(path)
     return written
 
 
 def write_summary(
     args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], method: str,
-    result: MethodResults,
+    result: maps.MethodResults,
 ) -> list[Path]:  # fmt: skip
     """Write what a method found over all folds; return the paths."""
     stem = stem_of(args, method)
@@ -405,8 +334,8 @@ def main(args: argparse.Namespace) -> None:
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
     )
-    results = {method: MethodResults() for method in args.method}
-    mean_scan = RunningMean()
+    results = {method: maps.MethodResults() for method in args.method}
+    mean_scan = maps.RunningMean()
     written = []
     with logging_redirect_tqdm([log]):
         for fold in tqdm(plan, "folds", disable=None):

@@ -19,6 +19,7 @@ import attribution
 import dataset
 import files
 import heatmap
+import maps
 import models
 import utils
 
@@ -121,9 +122,9 @@ def test_predictions(maps_path, run_path, method):
 
 def test_completeness_error():
     """LRP against the logit, IG against its difference to the zero volume's, none for GGC."""
-    assert heatmap.completeness_error("LRP", 1.9, 2.0, 5.0) == pytest.approx(0.05)
-    assert heatmap.completeness_error("IG", 1.2, 2.0, 1.0) == pytest.approx(0.2)
-    assert np.isnan(heatmap.completeness_error("GGC", 1.0, 2.0, 1.0))
+    assert maps.completeness_error("LRP", 1.9, 2.0, 5.0) == pytest.approx(0.05)
+    assert maps.completeness_error("IG", 1.2, 2.0, 1.0) == pytest.approx(0.2)
+    assert np.isnan(maps.completeness_error("GGC", 1.0, 2.0, 1.0))
 
 
 def test_completeness_column(maps_path):
@@ -154,6 +155,20 @@ def test_batches_change_nothing(maps_path, cohort_csv, run_path, tmp_path):
     for method in METHODS:
         expected, found = (load(p / f"{method}_map_all.nii.gz") for p in (maps_path, tmp_path))
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_random_weights(maps_path, cohort_csv, run_path, tmp_path):
+    """They stand beside the trained ones, repeat with the seed, and are not the trained ones."""
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        more = ["--method", "LRP", "--randomize", "--seed", seed]
+        explain(cohort_csv, run_path, tmp_path / name, *more)
+    found = [load(tmp_path / name / "LRP_random_map_all.nii.gz") for name in "abc"]
+    trained = load(maps_path / "LRP_map_all.nii.gz")
+    assert (found[0] == found[1]).all()
+    assert np.abs(found[0] - found[2]).max() > 0.1 * np.abs(found[0]).max()
+    assert np.abs(found[0] - trained).max() > 0.1 * np.abs(trained).max()
+    assert not (tmp_path / "a" / "LRP_map_all.nii.gz").exists()
+    assert json.loads((tmp_path / "a" / "LRP_random_map_all.json").read_text())["random_weights"]
 
 
 @pytest.mark.parametrize("target", ["predicted", "0", "1"])
