@@ -66,10 +66,9 @@ def draw_validation(
         if subjects is None:
             inner = StratifiedShuffleSplit(1, test_size=val_fraction, random_state=random_state)
             return next(inner.split(rest, labels[rest]))[1]
-        smaller_part = min(val_fraction, 1 - val_fraction)
-        inner = StratifiedGroupKFold(
-            max(2, round(1 / smaller_part)), shuffle=True, random_state=random_state
-        )
+        n_parts = round(1 / min(val_fraction, 1 - val_fraction))
+        n_parts = max(2, min(n_parts, *np.bincount(labels[rest])))  # each part needs both labels
+        inner = StratifiedGroupKFold(n_parts, shuffle=True, random_state=random_state)
         larger, smaller = next(inner.split(rest, labels[rest], subjects.iloc[rest]))
         return smaller if val_fraction <= 0.5 else larger
     except ValueError as error:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -89,12 +89,17 @@ def make_loader(
     args: argparse.Namespace,
     device: torch.device,
 ) -> DataLoader:
-    """Return a loader of one part of a fold; training scans come shuffled."""
+    """Return a loader of one part of a fold; training scans come shuffled.
+
+    The order has a generator of its own, and so has what the loader draws for its workers:
+    their number changes no result.
+    """
     scans = dataset.ScanDataset(cohort.table, np.flatnonzero(parts == part))
+    shuffled = RandomSampler(scans, generator=torch.Generator())
     return DataLoader(
         scans,
         batch_size=args.batch,
-        shuffle=part == "train",
+        sampler=shuffled if part == "train" else None,
         generator=torch.Generator(),
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
@@ -197,7 +202,7 @@ def train_fold(
             break
         start = time.perf_counter()
         utils.seed_everything(args.seed, fold, epoch)
-        train_loader.generator.manual_seed(utils.derived_seed(args.seed, fold, epoch))
+        train_loader.sampler.generator.manual_seed(utils.derived_seed(args.seed, fold, epoch))
         losses = train_epoch(model, train_loader, criterion, optimizer, device)
         train_loss = mean_loss(losses, train_loader, fold, epoch)
         valid_loss, valid_accuracy = validate(model, val_loader, device, fold, epoch)

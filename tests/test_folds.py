@@ -134,10 +134,14 @@ def test_too_few_scans_or_subjects(cohort, message):
         folds.draw_folds(cohort, 5, 0.2, 0)
 
 
-@pytest.mark.parametrize("subjects", [None, range(20)])
-def test_validation_fraction_too_small_for_the_cohort(subjects):
+def test_validation_fraction_too_small_for_the_cohort():
     with pytest.raises(InputError, match="fold 0 cannot set validation scans aside"):
-        folds.draw_folds(make_cohort([0, 1] * 10, subjects), 2, 0.05, 0)
+        folds.draw_folds(make_cohort([0, 1] * 10), 2, 0.05, 0)
+
+
+def test_a_small_validation_fraction_of_subjects_is_a_scan_of_each_label():
+    splits = folds.draw_folds(make_cohort([0, 1] * 10, range(20)), 2, 0.05, 0)
+    assert splits.loc[splits["fold_0"] == "val", "label"].value_counts().tolist() == [1, 1]
 
 
 # Reading back
