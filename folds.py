@@ -100,7 +100,9 @@ def read_splits(splits_path: Path, cohort: Cohort) -> pd.DataFrame:
         If there is no such file, or its scans or labels are not the cohort's.
     """
     if not splits_path.is_file():
-        raise InputError(f"there is no {splits_path}; --subjects all does without it")
+        raise InputError(
+            f"there is no {splits_path} of train_cv.py; heatmap.py --subjects all does without it"
+        )
     try:
         splits = pd.read_csv(splits_path, dtype={"path": str, "subject": str})
         splits = splits.set_index("path", drop=False)

@@ -25,6 +25,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from tqdm import tqdm
 
 import files
+import overlap
 import utils
 
 ORIGIN_MM = (-96, -132, -78)
@@ -98,7 +99,7 @@ def load_template(voxel_mm: float) -> Template:
     overlap_data = np.maximum(1, sum(kernels.values()))  # no voxel loses more than it has
     loss_data = {}
     for name, kernel_data in kernels.items():
-        box = bounding_box(kernel_data > NEGLIGIBLE)
+        box = overlap.bounding_box(kernel_data > NEGLIGIBLE)
         share_data = grey_data[box] * kernel_data[box] / overlap_data[box] * brain_data[box]
         loss_data[name] = (box, smooth(share_data * (CSF_INTENSITY - t1_data[box]), blur_vox))
     weight_data = grey_data * np.minimum(1, sum(kernels.values())) * brain_data
@@ -116,12 +117,6 @@ def region_kernel(img: nib.Nifti1Image, centre_mm: tuple, fwhm_mm: float) -> np.
         for axis_mm, centre in zip(axes_mm, centre_mm, strict=True)
     ]
     return np.einsum("i,j,k->ijk", *profiles)
-
-
-def bounding_box(mask_data: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box that holds all True voxels."""
-    indices = np.nonzero(mask_data)
-    return tuple(slice(axis.min(), axis.max() + 1) for axis in indices)
 
 
 def cohort_grid(voxel_mm: float) -> tuple[tuple[int, ...], np.ndarray]:
