@@ -196,7 +196,7 @@ def test_changed_label_is_refused(drawn):
 
 
 def test_missing_splits_name_the_way_round(tmp_path):
-    with pytest.raises(InputError, match=r"there is no .*splits.csv; --subjects all"):
+    with pytest.raises(InputError, match=r"there is no .*splits\.csv.*heatmap\.py --subjects all"):
         folds.read_splits(tmp_path / "splits.csv", make_cohort([0, 1]))
 
 
