@@ -36,6 +36,7 @@ import files
 import overlap
 import pictures
 import report
+import scan_files
 import utils
 from utils import InputError, log
 
@@ -78,12 +79,12 @@ def load_image(path: Path, what: str) -> SpatialImage:
         raise InputError(f"there is no {what} {path}")
     try:
         img = nib.load(path)
-        data = img.get_fdata(dtype=np.float32).reshape(dataset.volume_shape_of(img))
-    except dataset.READ_ERRORS as error:
+        data = img.get_fdata(dtype=np.float32).reshape(scan_files.volume_shape_of(img))
+    except scan_files.READ_ERRORS as error:
         raise InputError(f"{what} {path} is not a readable image, or damaged: {error}") from None
     if data.ndim != 3:
         raise InputError(f"{what} {path} is not a 3D volume but has shape {img.shape}")
-    return nib.Nifti1Image(dataset.finite(data)[0], img.affine)
+    return nib.Nifti1Image(scan_files.finite(data)[0], img.affine)
 
 
 def same_grid(img: SpatialImage, other: SpatialImage) -> bool:

@@ -1,37 +1,26 @@
-"""The cohort: its CSV, the checks on it, and the dataset that reads the scans."""
+"""The cohort: its CSV, the checks on it, and the dataset that reads its scans."""
 
 import csv
-import os
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from nibabel.arrayproxy import ArrayProxy
-from nibabel.brikhead import AFNIHeaderError, AFNIImageError
-from nibabel.filebasedimages import ImageFileError
-from nibabel.parrec import PARRECError
-from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.spatialimages import SpatialImage
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils import InputError, RunError, log
+import scan_files
+from utils import InputError, log
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
 AFFINE_TOLERANCE_MM = 1e-3
 MAX_PROBLEMS_SHOWN = 20
-PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 N_CHECK_THREADS = 8
-READ_ERRORS = (  # ImportError: MINC 2 needs h5py
-    OSError, EOFError, ValueError, ImportError, zlib.error, ImageFileError, HeaderDataError,
-    PARRECError, AFNIImageError, AFNIHeaderError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,79 +120,13 @@ def parse_rows(rows: list[tuple[int, list[str]]], csv_path: Path) -> tuple[pd.Da
     return table if has_subjects else table.drop(columns="subject"), problems
 
 
-# The scans' headers, and as little of their voxels as it takes
-
-
-def volume_shape_of(img: SpatialImage) -> tuple[int, ...]:
-    """Return an image's shape without trailing axes of length 1."""
-    shape = tuple(map(int, img.shape))  # MGH's are numpy integers
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def is_truncated(img: SpatialImage, file: str) -> bool:
-    """Tell whether a file holds fewer bytes than its header says, from its size or last bytes."""
-    proxy = img.dataobj
-    if not isinstance(proxy, ArrayProxy):
-        np.asanyarray(proxy)  # MINC, PAR/REC: only a full read can tell
-        return False
-    n_bytes = proxy.offset + int(np.prod(proxy.shape)) * proxy.dtype.itemsize
-    data_path = Path(img.file_map["image"].filename or file)
-    if data_path.suffix not in (".gz", ".mgz"):
-        return data_path.stat().st_size < n_bytes
-    with data_path.open("rb") as compressed:
-        compressed.seek(-4, os.SEEK_END)
-        n_bytes_at_end = int.from_bytes(compressed.read(4), "little")  # RFC 1952: size mod 2³²
-    if n_bytes_at_end == n_bytes % 2**32:
-        return False
-    np.asanyarray(proxy)  # several gzip members, or trailing bytes: only a full read can tell
-    return False
-
-
-def has_contrast(img: SpatialImage) -> bool:
-    """Tell whether two voxels differ, reading from the start only as far as needed."""
-    n_slices = img.shape[2]
-    first_value, start = None, 0
-    for fraction in PROBE_STOPS:
-        stop = max(1, round(n_slices * fraction))
-        slab_data = np.asanyarray(img.dataobj[:, :, start:stop]).astype(np.float32)
-        slab_data, _ = finite(slab_data)
-        if slab_data.size:
-            first_value = slab_data.flat[0] if first_value is None else first_value
-            if (slab_data != first_value).any():
-                return True
-        start = stop
-    return False
-
-
-def check_scan(file: str) -> tuple[SpatialImage | None, str]:
-    """Return a scan's image (header only) and what is wrong with it ("" if nothing)."""
-    try:
-        img = nib.load(file)
-        if not isinstance(img, SpatialImage):
-            return None, f"is not a volume but a {type(img).__name__}"
-        shape = volume_shape_of(img)
-        if len(shape) != 3 or min(shape) < 1:
-            return None, f"is not a 3D volume but has shape {img.shape}"
-        if np.issubdtype(img.get_data_dtype(), np.complexfloating) or img.get_data_dtype().fields:
-            return None, f"has voxels of type {img.get_data_dtype()}, not one real number each"
-        if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-12:
-            return None, "has an affine that cannot be inverted"
-        if is_truncated(img, file):
-            return None, "is truncated: it holds fewer voxels than its header says"
-        if not has_contrast(img):
-            return None, "has no contrast: all its voxels have the same value"
-    except READ_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"is not a readable image, or damaged: {reason}"
-    return img, ""
+# The scans' headers, compared
 
 
 def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
     """Check that all scans are good and in one space; return the first good one and problems."""
     with ThreadPoolExecutor(N_CHECK_THREADS) as pool:
-        checks = pool.map(check_scan, table["file"])
+        checks = pool.map(scan_files.check_scan, table["file"])
         checked = list(tqdm(checks, total=len(table), desc="checking", unit="scan", disable=None))
     problems = [
         f"row {line}: {path} {problem}"
@@ -215,9 +138,9 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
         return None, problems
     common_space, _ = Counter(space_of(img) for _, img in good).most_common(1)[0]
     like_img = next(img for _, img in good if space_of(img) == common_space)
-    common_shape = volume_shape_of(like_img)
+    common_shape = scan_files.volume_shape_of(like_img)
     for row, img in good:
-        if volume_shape_of(img) != common_shape:
+        if scan_files.volume_shape_of(img) != common_shape:
             problems.append(
                 f"row {row.line}: {row.path} has shape {img.shape}, the other scans {common_shape}"
             )
@@ -231,7 +154,7 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
 
 def space_of(img: SpatialImage) -> tuple:
     """Return a hashable key of an image's shape and affine."""
-    return volume_shape_of(img), (np.round(img.affine, 2) + 0.0).tobytes()
+    return scan_files.volume_shape_of(img), (np.round(img.affine, 2) + 0.0).tobytes()
 
 
 def read_cohort(csv_path: Path) -> Cohort:
@@ -265,7 +188,7 @@ def read_cohort(csv_path: Path) -> Cohort:
     table = table.drop(columns="line").astype({"label": int})
     if "subject" in table:
         warn_about_subjects(table)
-    return Cohort(table, volume_shape_of(like_img), like_img)
+    return Cohort(table, scan_files.volume_shape_of(like_img), like_img)
 
 
 def warn_about_subjects(table: pd.DataFrame) -> None:
@@ -279,42 +202,6 @@ def warn_about_subjects(table: pd.DataFrame) -> None:
 
 
 # Volumes
-
-
-def finite(data: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return data with non-finite voxels set to 0, and how many there were."""
-    if not np.issubdtype(data.dtype, np.floating):
-        return data, 0
-    bad = ~np.isfinite(data)
-    n_bad = int(bad.sum())
-    return (np.where(bad, data.dtype.type(0), data) if n_bad else data), n_bad
-
-
-def load_volume(file: str) -> tuple[np.ndarray, int]:
-    """Read a scan and scale it to [0, 1].
-
-    Returns
-    -------
-    volume_data : float32 array, shape (D, H, W)
-        (x − min) / (max − min) of the scan's own minimum and maximum.
-    n_nonfinite : int
-        How many voxels were NaN or infinite and set to 0 before scaling.
-
-    Raises
-    ------
-    RunError
-        If the scan cannot be read (any more), or has no contrast.
-    """
-    try:
-        img = nib.load(file)
-        raw_data = img.get_fdata(dtype=np.float32, caching="unchanged")
-    except READ_ERRORS as error:
-        raise RunError(f"{file} cannot be read: {error}") from None
-    raw_data, n_nonfinite = finite(raw_data.reshape(volume_shape_of(img)))
-    low, high = raw_data.min(), raw_data.max()
-    if not (low < high and np.isfinite(high - low)):
-        raise RunError(f"{file} cannot be scaled: its voxels range from {low:g} to {high:g}")
-    return (raw_data - low) / (high - low), n_nonfinite
 
 
 class ScanDataset(Dataset):
@@ -343,6 +230,6 @@ class ScanDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        volume_data, self.n_nonfinite[index] = load_volume(self.files[index])
+        volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
         volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
         return volume, int(self.labels[index]), int(self.rows[index])

@@ -14,6 +14,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.testing import data_path as NIBABEL_DATA
 
 import dataset
+import scan_files
 from utils import InputError, RunError
 
 OTHER_AFFINE = AFFINE + np.diag([0, 0, 0.5, 0])
@@ -143,13 +144,13 @@ def test_formats_give_the_same_volume(tmp_path, name):
     assert cohort.volume_shape == SHAPE
     assert all(type(side) is int for side in cohort.volume_shape)  # run.json can hold it
     np.testing.assert_allclose(cohort.like_img.affine, AFFINE, atol=1e-4)
-    volume_data, n_nonfinite = dataset.load_volume(cohort.table["file"][0])
+    volume_data, n_nonfinite = scan_files.load_volume(cohort.table["file"][0])
     np.testing.assert_array_equal(volume_data, (data - data.min()) / (data.max() - data.min()))
     assert n_nonfinite == 0
 
 
 def test_minc_is_read():
-    img, problem = dataset.check_scan(str(Path(NIBABEL_DATA) / "tiny.mnc"))
+    img, problem = scan_files.check_scan(str(Path(NIBABEL_DATA) / "tiny.mnc"))
     assert (img.shape, problem) == ((10, 20, 20), "")
 
 
@@ -158,7 +159,7 @@ def test_trailing_axes_of_length_one_are_dropped(folder):
     save_scan(folder / "scan02.nii.gz", make_volume(2, 0)[..., None, None])
     cohort = dataset.read_cohort(folder / "data.csv")
     assert cohort.volume_shape == SHAPE
-    volume_data, _ = dataset.load_volume(cohort.table["file"][1])
+    volume_data, _ = scan_files.load_volume(cohort.table["file"][1])
     expected = make_volume(1, 1)
     np.testing.assert_array_equal(volume_data, expected / expected.max())
 
@@ -168,8 +169,8 @@ def test_integer_scan_with_slope_and_intercept(tmp_path):
     img = nib.Nifti1Image(raw_data, AFFINE)
     img.header.set_slope_inter(-0.5, 10)  # a negative slope turns dark into bright
     nib.save(img, tmp_path / "x.nii.gz")
-    assert dataset.check_scan(str(tmp_path / "x.nii.gz"))[1] == ""
-    volume_data, _ = dataset.load_volume(str(tmp_path / "x.nii.gz"))
+    assert scan_files.check_scan(str(tmp_path / "x.nii.gz"))[1] == ""
+    volume_data, _ = scan_files.load_volume(str(tmp_path / "x.nii.gz"))
     assert volume_data.dtype == np.float32
     np.testing.assert_allclose(volume_data, 1 - raw_data / 999, rtol=0, atol=1e-6)
 
@@ -177,7 +178,7 @@ def test_integer_scan_with_slope_and_intercept(tmp_path):
 def test_min_max_scaling_is_exact(tmp_path):
     data = make_volume(5, 1) * 700 - 100
     save_scan(tmp_path / "x.nii", data)
-    volume_data, _ = dataset.load_volume(str(tmp_path / "x.nii"))
+    volume_data, _ = scan_files.load_volume(str(tmp_path / "x.nii"))
     assert volume_data.dtype == np.float32
     assert (volume_data.min(), volume_data.max()) == (0, 1)
     np.testing.assert_array_equal(volume_data, (data - data.min()) / (data.max() - data.min()))
@@ -188,8 +189,8 @@ def test_nonfinite_voxels_become_zero_and_are_counted(tmp_path):
     bad = (np.array([2, 11, 20]), np.array([3, 12, 25]), np.array([4, 13, 22]))
     data[bad] = np.nan, np.inf, -np.inf
     save_scan(tmp_path / "x.nii.gz", data)
-    assert dataset.check_scan(str(tmp_path / "x.nii.gz"))[1] == ""
-    volume_data, n_nonfinite = dataset.load_volume(str(tmp_path / "x.nii.gz"))
+    assert scan_files.check_scan(str(tmp_path / "x.nii.gz"))[1] == ""
+    volume_data, n_nonfinite = scan_files.load_volume(str(tmp_path / "x.nii.gz"))
     data[bad] = 0
     assert n_nonfinite == 3
     np.testing.assert_array_equal(volume_data, data / data.max())
@@ -201,7 +202,7 @@ def test_a_range_beyond_float32_is_an_error(tmp_path):
     data[0, 0, :2] = -3e38, 3e38  # their difference is more than float32 can hold
     save_scan(tmp_path / "x.nii", data)
     with pytest.raises(RunError, match=r"from -3e\+38 to 3e\+38"):
-        dataset.load_volume(str(tmp_path / "x.nii"))
+        scan_files.load_volume(str(tmp_path / "x.nii"))
 
 
 def test_contrast_is_judged_in_the_precision_of_training(folder):
@@ -278,7 +279,7 @@ def test_many_problems_are_cut_short_and_counted(tmp_path):
 def test_pair_without_its_voxels_is_refused(tmp_path):
     save_as(tmp_path / "x.hdr", make_volume(0, 0))
     (tmp_path / "x.img").unlink()
-    assert "not a readable image" in dataset.check_scan(str(tmp_path / "x.hdr"))[1]
+    assert "not a readable image" in scan_files.check_scan(str(tmp_path / "x.hdr"))[1]
 
 
 def test_gzip_of_several_members_is_read(tmp_path):
@@ -286,9 +287,9 @@ def test_gzip_of_several_members_is_read(tmp_path):
     half = len(content) // 2
     path = tmp_path / "x.nii.gz"
     path.write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
-    assert dataset.check_scan(str(path))[1] == ""
+    assert scan_files.check_scan(str(path))[1] == ""
     path.write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:-100]))
-    assert "damaged" in dataset.check_scan(str(path))[1]
+    assert "damaged" in scan_files.check_scan(str(path))[1]
 
 
 def test_a_good_scan_is_not_read_whole(tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ def test_a_good_scan_is_not_read_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ArrayProxy, "__getitem__", record)
     monkeypatch.setattr(ArrayProxy, "__array__", lambda *_: pytest.fail("the scan was read whole"))
-    assert dataset.check_scan(str(path))[1] == ""
+    assert scan_files.check_scan(str(path))[1] == ""
     assert max(stops) < SHAPE[2] / 2
 
 
@@ -310,7 +311,7 @@ def test_contrast_in_the_last_slice_alone_is_found(tmp_path):
     data = np.ones(SHAPE, np.float32)
     data[3, 4, -1] = 2
     path = save_scan(tmp_path / "x.nii.gz", data)
-    assert dataset.check_scan(str(path))[1] == ""
+    assert scan_files.check_scan(str(path))[1] == ""
 
 
 # The dataset

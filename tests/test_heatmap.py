@@ -23,6 +23,7 @@ import files
 import heatmap
 import maps
 import models
+import scan_files
 import utils
 
 ROOT = Path(heatmap.__file__).parent
@@ -89,7 +90,7 @@ def test_fold_map_is_the_mean_over_the_folds_test_scans(maps_path, run_path, coh
         files.load_weights(model, run_path / f"state_dict_f{fold}.pth")
         maps = []
         for row in np.flatnonzero(splits[f"fold_{fold}"] == "test"):
-            volume = torch.tensor(dataset.load_volume(cohort.table["file"][row])[0])[None, None]
+            volume = torch.tensor(scan_files.load_volume(cohort.table["file"][row])[0])[None, None]
             label = int(cohort.table["label"][row])
             maps.append(attribution.METHODS[method](model, volume, label, **options)[0, 0].numpy())
         fold_maps.append(np.mean(maps, axis=0))
@@ -195,7 +196,7 @@ def test_target(cohort_csv, run_path, tmp_path, target):
         for row in rows.itertuples():
             file = cohort.table.set_index("path")["file"][row.path]
             with torch.no_grad():
-                logits = model(torch.tensor(dataset.load_volume(file)[0])[None, None])[0]
+                logits = model(torch.tensor(scan_files.load_volume(file)[0])[None, None])[0]
             assert row.logit == pytest.approx(float(logits[chosen[row.Index]]), rel=1e-4)
             assert odds[row.Index] == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
 

@@ -10,6 +10,7 @@ from conftest import N_FOLDS, N_SCANS, SHAPE, write_cohort
 from sklearn.svm import SVC
 
 import dataset
+import scan_files
 import svm
 import utils
 
@@ -30,7 +31,7 @@ def svm_path(cohort_csv, run_path, tmp_path_factory):
 def matrix(cohort_csv) -> tuple[np.ndarray, np.ndarray]:
     """Return all scans as rows, float64, and their labels."""
     table = dataset.read_cohort(cohort_csv).table
-    rows = [dataset.load_volume(file)[0].ravel() for file in table["file"]]
+    rows = [scan_files.load_volume(file)[0].ravel() for file in table["file"]]
     return np.array(rows, dtype=np.float64), table["label"].to_numpy()
 
 
@@ -104,8 +105,8 @@ def test_blocks_change_nothing(svm_path, cohort_csv, run_path, tmp_path, monkeyp
 
 def test_every_scan_is_read_once(cohort_csv, run_path, tmp_path, monkeypatch):
     read = []
-    original = dataset.load_volume
-    monkeypatch.setattr(dataset, "load_volume", lambda file: read.append(file) or original(file))
+    original = scan_files.load_volume
+    monkeypatch.setattr(scan_files, "load_volume", lambda file: read.append(file) or original(file))
     fit(cohort_csv, tmp_path, "--modelpath", str(run_path))
     assert len(read) == len(set(read)) == N_SCANS
 

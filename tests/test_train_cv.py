@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 import dataset
 import files
 import models
+import scan_files
 import train_cv
 import utils
 
@@ -96,7 +97,7 @@ def test_saved_weights_are_the_best_epochs(run_path, cohort_csv):
 
     def logits_of(part):
         rows = np.flatnonzero(splits["fold_0"] == part)
-        volumes = [dataset.load_volume(cohort.table["file"][r])[0][None].copy() for r in rows]
+        volumes = [scan_files.load_volume(cohort.table["file"][r])[0][None].copy() for r in rows]
         with torch.no_grad():
             return rows, model(torch.from_numpy(np.stack(volumes)))
 
