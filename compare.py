@@ -38,7 +38,8 @@ import pictures
 import report
 import scan_files
 import utils
-from utils import InputError, log
+from errors import InputError
+from utils import log
 
 MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
 SHOWN = ("map", *MEASURES, "p", "null_mean", "null_p")

@@ -1,20 +1,24 @@
 """The cohort: its CSV, the checks on it, and the dataset that reads its scans."""
 
 import csv
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from nibabel.spatialimages import SpatialImage
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
+import ranks
 import scan_files
-from utils import InputError, log
+from errors import InputError, RunError
+from utils import log, progress
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
@@ -127,7 +131,7 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
     """Check that all scans are good and in one space; return the first good one and problems."""
     with ThreadPoolExecutor(N_CHECK_THREADS) as pool:
         checks = pool.map(scan_files.check_scan, table["file"])
-        checked = list(tqdm(checks, total=len(table), desc="checking", unit="scan", disable=None))
+        checked = list(progress(checks, "checking", total=len(table), unit="scan"))
     problems = [
         f"row {line}: {path} {problem}"
         for line, path, (_, problem) in zip(table["line"], table["path"], checked, strict=True)
@@ -177,6 +181,13 @@ def read_cohort(csv_path: Path) -> Cohort:
     InputError
         With every problem found and its row.
     """
+    table, like_path = ranks.from_first(lambda: check_cohort(csv_path))
+    like_img = nib.load(like_path)
+    return Cohort(table, scan_files.volume_shape_of(like_img), like_img)
+
+
+def check_cohort(csv_path: Path) -> tuple[pd.DataFrame, str]:
+    """Return the cohort's table and the file of its first scan, or raise what is wrong."""
     table, problems = parse_rows(read_rows(csv_path), csv_path)
     like_img, scan_problems = check_scans(table)
     problems += scan_problems
@@ -188,7 +199,7 @@ def read_cohort(csv_path: Path) -> Cohort:
     table = table.drop(columns="line").astype({"label": int})
     if "subject" in table:
         warn_about_subjects(table)
-    return Cohort(table, scan_files.volume_shape_of(like_img), like_img)
+    return table, like_img.get_filename()
 
 
 def warn_about_subjects(table: pd.DataFrame) -> None:
@@ -233,3 +244,28 @@ class ScanDataset(Dataset):
         volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
         volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
         return volume, int(self.labels[index]), int(self.rows[index])
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which stops its reading processes itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(loader: DataLoader) -> Iterator:
+    """Iterate over a loader's batches.
+
+    Raises
+    ------
+    RunError
+        If a scan cannot be read, in one sentence also from a reading process; or if such a process
+        was killed.
+    """
+    try:
+        yield from loader
+    except RunError as error:  # torch hands on a reading process's whole traceback
+        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(f"a process that reads scans was killed, as for memory: {reason}") from None

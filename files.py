@@ -1,13 +1,19 @@
 """Files that appear whole or not at all (tables, records, maps, checkpoints), and their reading."""
 
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import platform
+import shutil
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -15,9 +21,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from utils import InputError
+from errors import InputError, RunError
+from locks import is_running
 
 TEMPORARY_PREFIX = ".tmp-"
+N_WRITERS = 2
+MAX_WAITING_WRITES = 4  # maps held in memory for them
+MAX_WRITING_SECONDS = 3600.0  # a file untouched for so long has lost its writer
 UNPICKLING_ERRORS = (  # what torch.load lets through on bytes that are no checkpoint
     pickle.UnpicklingError, struct.error, ArithmeticError, AttributeError, EOFError, LookupError,
     OSError, RuntimeError, TypeError, ValueError,
@@ -34,21 +44,62 @@ ORIENTATION_FIELDS = (
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; flush it and rename it onto `path` when all went well."""
-    temporary_path = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+def whole_file(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path; flush it and rename it onto `path` when all went well.
+
+    Parameters
+    ----------
+    path : Path
+    n_bytes : int, optional
+        How large the file may become, for the message when the disk is full.
+
+    Raises
+    ------
+    RunError
+        If the file cannot be written; what stood at `path` is unharmed.
+    """
+    owner = f"{TEMPORARY_PREFIX}{platform.node()}-{os.getpid()}"
+    temporary_path = path.with_name(f"{owner}-{path.name}")
     try:
         yield temporary_path
         with temporary_path.open("rb+") as file:
             os.fsync(file.fileno())
         temporary_path.replace(path)
+    except OSError as error:
+        raise RunError(describe_failure(path, n_bytes, error)) from None
     finally:
         temporary_path.unlink(missing_ok=True)
 
 
+def describe_failure(path: Path, n_bytes: int | None, error: OSError) -> str:
+    """Say why a file could not be written and, if for lack of space, how much it needs."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written: {error.strerror or error}"
+    needed = f"up to {n_bytes / 1e6:.1f} MB are needed, " if n_bytes else ""
+    n_free = shutil.disk_usage(path.parent).free
+    return (
+        f"{path} cannot be written, the disk is full: {needed}{n_free / 1e6:.1f} MB are free. No "
+        "file was damaged; with more space the same command goes on"
+    )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files below a folder whose writers were killed."""
+    here = f"{TEMPORARY_PREFIX}{platform.node()}-"
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        owner = path.name.removeprefix(here).split("-")[0]
+        with suppress(FileNotFoundError):  # its writer has just finished
+            if path.name.startswith(here) and owner.isdigit():
+                is_left = not is_running(int(owner))
+            else:  # another host's
+                is_left = time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS
+            if is_left:
+                path.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes to a file, whole or not at all."""
-    with whole_file(path) as temporary_path:
+    with whole_file(path, len(content)) as temporary_path:
         temporary_path.write_bytes(content)
 
 
@@ -109,8 +160,34 @@ def write_map(path: Path, data: np.ndarray, like_img: nib.spatialimages.SpatialI
             map_img.header[field] = like_img.header[field]
     else:
         map_img.header.set_xyzt_units("mm")
-    with whole_file(path) as temporary_path:
+    with whole_file(path, map_img.dataobj.nbytes) as temporary_path:
         nib.save(map_img, temporary_path)
+
+
+class BackgroundWriter:
+    """Writes files beside the work that goes on; a failure is raised at a later call.
+
+    A few writes wait at the most, so memory stays bounded; leaving the context waits for all.
+    """
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(N_WRITERS)
+        self.waiting = deque()
+
+    def submit(self, write: Callable, *args) -> None:
+        """Have `write(*args)` called in the background."""
+        while len(self.waiting) >= MAX_WAITING_WRITES:
+            self.waiting.popleft().result()
+        self.waiting.append(self.pool.submit(write, *args))
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for write in self.waiting:
+                write.result()
 
 
 # Checkpoints

@@ -7,7 +7,8 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from dataset import Cohort
-from utils import InputError, derived_seed, log
+from errors import InputError
+from utils import derived_seed, log
 
 FOLD_COLUMN = r"^fold_\d+$"
 

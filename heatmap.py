@@ -8,93 +8,88 @@
 LRP: layer-wise relevance propagation, β-rule. IG: integrated gradients from baseline 0. GGC: guided
 Grad-CAM at the last convolution. All explain the logit of --target.
 
+Typed again, an interrupted command goes on with the folds that are not finished. Under torchrun
+the scans of each fold are shared among the processes.
+
 Written to --outpath, {M} being the method: {M}_map_f*.nii.gz, their mean {M}_map_all.nii.gz with
-.json, .png and .html beside it, {M}_predictions.csv, mean_scan.nii.gz and heatmap.log.
+.json, .png and .html beside it, {M}_predictions.csv, mean_scan.nii.gz, {M}_run.json, heatmap.log.
 """
 
 import argparse
-import re
+import contextlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import attribution
 import dataset
+import explaining
 import files
-import folds
+import map_files
 import maps
 import models
 import pictures
+import ranks
 import report
+import runs
+import trained_run
 import utils
-from utils import InputError, RunError, log
+from locks import one_writer
+from trained_run import Fold
+from utils import log
 
-N_FOLDS = 5  # of a folder without run.json
 IG_TOLERANCE = 0.05  # median completeness error above which more --steps are advised
-MAX_NAME_LENGTH = 80
+RESULT_OPTIONS = (
+    "model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold",
+)  # fmt: skip
+METHOD_OPTIONS = {"LRP": ("beta",), "IG": ("steps",), "GGC": ()}
 
 
-@dataclass(frozen=True)
-class Fold:
-    """One fold to explain: its number, its checkpoint, and the cohort's rows it explains."""
-
-    number: int
-    checkpoint_path: Path
-    rows: np.ndarray
+# Runs
 
 
-# What is to be explained
+def stem_of(args: argparse.Namespace, method: str) -> str:
+    """Return what the names of a method's files begin with."""
+    return f"{method}_random" if args.randomize else method
 
 
-def plan_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> list[Fold]:
-    """Return the folds of the run in --modelpath, each with the scans it explains."""
-    if not args.modelpath.is_dir():
-        raise InputError(f"there is no folder --modelpath {args.modelpath}")
-    n_folds = number_of_folds(args, cohort)
-    rows_of_fold = [np.arange(len(cohort.table))] * n_folds
-    if args.subjects == "test":
-        splits = folds.read_splits(args.modelpath / "splits.csv", cohort)
-        missing = [f for f in range(n_folds) if f"fold_{f}" not in splits]
-        if missing:
-            raise InputError(f"{args.modelpath / 'splits.csv'} has no column fold_{missing[0]}")
-        rows_of_fold = [np.flatnonzero(splits[f"fold_{f}"] == "test") for f in range(n_folds)]
-    return [
-        Fold(number, args.modelpath / f"state_dict_f{number}.pth", rows)
-        for number, rows in enumerate(rows_of_fold)
-    ]
+def kind_of(args: argparse.Namespace, method: str) -> runs.RunKind:
+    """Return how a method keeps its runs."""
+    stem = stem_of(args, method)
+    options = RESULT_OPTIONS + METHOD_OPTIONS[method] + (("seed",) if args.randomize else ())
+    stale = (f"{stem}_predictions*.csv", f"{stem}_map_*", f"{stem}_subjects/*.nii.gz")
+    return runs.RunKind(f"{stem}_run.json", options, stale)
 
 
-def number_of_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> int:
-    """Return how many folds the run has, and hold its record against options and scans."""
-    run_path = args.modelpath / "run.json"
-    if not run_path.is_file():
-        return args.fold or N_FOLDS
-    run = files.read_json(run_path)
-    if run.get("model") != args.model:
-        raise InputError(f"{run_path} says the run trained {run.get('model')}, not {args.model}")
-    if tuple(run.get("volume_shape") or ()) != cohort.volume_shape:
-        raise InputError(
-            f"{run_path} says the run's scans have shape {run.get('volume_shape')}, these have "
-            f"{list(cohort.volume_shape)}"
-        )
-    affine, here = np.array(run.get("affine"), dtype=float), cohort.like_img.affine
-    if not np.allclose(affine, here, rtol=0, atol=dataset.AFFINE_TOLERANCE_MM):
-        raise InputError(f"{run_path} says the run's scans have another affine than these")
-    n_folds = run.get("n_folds")
-    if not isinstance(n_folds, int) or n_folds < 1:
-        raise InputError(f"{run_path} does not say how many folds there are (n_folds)")
-    if args.fold not in (None, n_folds):
-        raise InputError(f"{run_path} says the run has {n_folds} folds, not {args.fold}")
-    return n_folds
+def start_methods(
+    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold]
+) -> dict[str, dict]:
+    """Take up each method's run in --outpath, or begin one; return their records."""
+    record = runs.new_record(args, cohort, "heatmap.py", args.model)
+    record["checkpoints_sha256"] = {
+        fold.checkpoint_path.name: files.sha256(fold.checkpoint_path) for fold in plan
+    }
+    kinds = {method: kind_of(args, method) for method in args.method}
+    for kind in kinds.values():  # says what is wrong before anything is written
+        runs.open_run(args, cohort, record, kind)
+    return {method: runs.start_run(args, cohort, record, kind)[0] for method, kind in kinds.items()}
+
+
+def unfinished_methods(args: argparse.Namespace, fold: Fold) -> list[str]:
+    """Return the methods that have not yet explained a fold."""
+    todo = []
+    for method in args.method:
+        if map_files.is_finished(args.outpath, stem_of(args, method), fold.number):
+            log.info("fold %d is explained by %s already", fold.number, method)
+        else:
+            todo.append(method)
+    return todo
 
 
 # Explaining
@@ -102,22 +97,7 @@ def number_of_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> int:
 
 def method_options(args: argparse.Namespace) -> dict[str, dict]:
     """Return each method's own parameters."""
-    return {
-        "LRP": {"beta": args.beta},
-        "IG": {"n_steps": args.steps, "batch_size": args.batch},
-        "GGC": {},
-    }
-
-
-def explain_batch(
-    method: str, model: nn.Module, volumes: Tensor, targets: Tensor, options: dict, paths: list[str]
-) -> np.ndarray:
-    """Return the maps of a batch, float32 of shape (N, D, H, W)."""
-    try:
-        found = attribution.METHODS[method](model, volumes, targets, **options)
-    except FloatingPointError as error:
-        raise RunError(f"{method} of {' or '.join(paths)}: {error}") from None
-    return found[:, 0].cpu().numpy()
+    return {"LRP": {"beta": args.beta}, "IG": {"n_steps": args.steps}, "GGC": {}}
 
 
 def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
@@ -137,101 +117,105 @@ def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
 
 
 def explain_fold(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, model: nn.Module,
-    device: torch.device, results: dict[str, maps.MethodResults], mean_scan: maps.RunningMean,
-) -> None:  # fmt: skip
-    """Explain a fold's scans by every method and add their maps to the results."""
-    scans = dataset.ScanDataset(cohort.table, fold.rows)
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, methods: list[str],
+    model: nn.Module, device: torch.device,
+) -> tuple[dict[str, maps.FoldResult], maps.RunningMean]:  # fmt: skip
+    """Explain a fold's scans; return each method's result and the mean scan.
+
+    Under torchrun the scans are shared among the job's processes.
+    """
+    scans = dataset.ScanDataset(cohort.table, fold.rows[ranks.rank() :: ranks.world_size()])
     loader = DataLoader(
-        scans, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    options = method_options(args)
-    with torch.no_grad():
-        zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].tolist()
-    bar = tqdm(total=len(scans), desc=f"fold {fold.number}", unit="scan", leave=False, disable=None)
-    for volumes, labels, rows in loader:
-        for volume in volumes:
-            mean_scan.add(volume[0].numpy())
-        volumes = volumes.to(device, non_blocking=True)
-        with torch.no_grad():
-            logits = model(volumes).cpu()
-        paths = cohort.table["path"].iloc[rows.numpy()].tolist()
-        targets = maps.choose_targets(args.target, labels, logits.argmax(1))
-        for method in args.method:
-            batch_maps = explain_batch(
-                method, model, volumes, targets.to(device), options[method], paths
-            )
-            for i, map_data in enumerate(batch_maps):
-                row = maps.describe_scan(
-                    method, fold.number, paths[i], int(labels[i]), logits[i], int(targets[i]),
-                    float(map_data.sum(dtype=np.float64)), zero_logits[targets[i]],
-                )  # fmt: skip
-                results[method].rows.append(row)
-                results[method].of_fold.add(map_data)
-                if args.by_outcome:
-                    results[method].by_outcome[row["outcome"]].add(map_data)
-                if args.save_subjects:
-                    row["map"] = save_scan_map(args, cohort, fold, method, int(rows[i]), map_data)
-        bar.update(len(rows))
-    bar.close()
+        scans, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
+        worker_init_fn=dataset.ignore_interrupts,
+    )  # fmt: skip
+    n_at_once = dict.fromkeys((*methods, explaining.FORWARD), args.batch)
+    explainer = explaining.Explainer(model, method_options(args), n_at_once)
+    zero_logits = explainer.logits(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0]
+    results, mean_scan = {method: maps.FoldResult() for method in methods}, maps.RunningMean()
+    bar = utils.progress(None, f"fold {fold.number}", total=len(scans), unit="scan", leave=False)
+    with bar, files.BackgroundWriter() as writer:
+        scan_maps = {
+            m: map_files.ScanMaps(args.outpath, stem_of(args, m), cohort, fold.number, writer)
+            for m in (methods if args.save_subjects else [])
+        }
+        for volumes, labels, rows in dataset.batches(loader):
+            for volume in volumes:
+                mean_scan.add(volume[0].numpy())
+            volumes = volumes.to(device, non_blocking=True)
+            logits = explainer.logits(volumes)
+            targets = maps.choose_targets(args.target, labels, logits.argmax(1))
+            paths = cohort.table["path"].iloc[rows.numpy()].tolist()
+            for method in methods:
+                found = scan_maps[method].read(rows.tolist()) if scan_maps else None
+                if found is None:
+                    found = explainer.maps(method, volumes, targets.to(device), paths).numpy()
+                    if scan_maps:
+                        scan_maps[method].write(rows.tolist(), found)
+                described = maps.describe_scans(
+                    method, fold.number, paths, labels, logits, targets, found, zero_logits
+                )
+                for row, line, map_data in zip(rows.tolist(), described, found, strict=True):
+                    if scan_maps:
+                        line["map"] = scan_maps[method].name_of(row)
+                    results[method].add(row, line, map_data, args.by_outcome)
+            bar.update(len(rows))
     if scans.n_nonfinite.any():
         log.warning("fold %d: %d non-finite voxels set to 0", fold.number, scans.n_nonfinite.sum())
+    for gathering in (*results.values(), mean_scan):
+        gathering.gather(cohort.volume_shape)
+    return results, mean_scan
 
 
-# Writing
+def work_on_fold(
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Explain a fold by the methods that have not yet done so, and write its files."""
+    with contextlib.ExitStack() as locks:
+        for method in sorted(args.method) if ranks.is_first() else []:
+            lock_name = kind_of(args, method).lock_name(fold.number)
+            locks.enter_context(one_writer(args.outpath, lock_name))
+        methods = ranks.from_first(lambda: unfinished_methods(args, fold))
+        if not methods:
+            return
+        set_weights(args, model, fold)
+        results, mean_scan = explain_fold(args, cohort, fold, methods, model, device)
+        if ranks.is_first():
+            scan_path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
+            files.write_map(scan_path, mean_scan.mean(), cohort.like_img)
+            for method, result in results.items():
+                stem = stem_of(args, method)
+                map_files.write_fold(args.outpath, stem, fold.number, result, cohort.like_img)
 
 
-def stem_of(args: argparse.Namespace, method: str) -> str:
-    """Return what the names of a method's files begin with."""
-    return f"{method}_random" if args.randomize else method
+# All folds
 
 
-def save_scan_map(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, method: str, row: int,
-    map_data: np.ndarray,
-) -> str:  # fmt: skip
-    """Write one scan's map; return its path below --outpath."""
-    stem = re.sub(r"[^\w-]+", "_", Path(cohort.table["path"].iloc[row]).name.split(".")[0])
-    name = f"{row + 1:05d}_{stem[:MAX_NAME_LENGTH]}_f{fold.number}.nii.gz"
-    folder = args.outpath / f"{stem_of(args, method)}_subjects"
-    folder.mkdir(exist_ok=True)
-    files.write_map(folder / name, map_data, cohort.like_img)
-    return f"{folder.name}/{name}"
-
-
-def write_fold_maps(
-    args: argparse.Namespace,
-    cohort: dataset.Cohort,
-    fold: Fold,
-    results: dict[str, maps.MethodResults],
+def assemble(
+    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], records: dict[str, dict]
 ) -> list[Path]:
-    """Write each method's mean map of a finished fold; return their paths."""
+    """Put together the methods that have explained every fold; return what was written."""
     written = []
-    for method, result in results.items():
-        path = args.outpath / f"{stem_of(args, method)}_map_f{fold.number}.nii.gz"
-        files.write_map(path, result.of_fold.mean(), cohort.like_img)
-        result.over_folds.add(result.of_fold.mean())
-        result.of_fold = maps.RunningMean()
-        written.append(path)
-    return written
+    numbers = [fold.number for fold in plan]
+    with one_writer(args.outpath, "assemble_maps", wait=True):
+        for method, record in records.items():
+            stem = stem_of(args, method)
+            todo = [i for i in numbers if not map_files.is_finished(args.outpath, stem, i)]
+            if todo:
+                log.info("%s: folds %s are still to be explained", method, todo)
+                continue
+            mean_scan_path = map_files.write_mean_scan(args.outpath, stem, numbers, cohort)
+            table, paths = map_files.assemble(args.outpath, stem, numbers, cohort, args.by_outcome)
+            written += [mean_scan_path, *paths, write_sidecar(args, method, table, record)]
+            written += draw_map(args, method)
+    return list(dict.fromkeys(written))
 
 
-def write_summary(
-    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], method: str,
-    result: maps.MethodResults,
-) -> list[Path]:  # fmt: skip
-    """Write what a method found over all folds; return the paths."""
-    stem = stem_of(args, method)
-    all_path = args.outpath / f"{stem}_map_all.nii.gz"
-    table_path = args.outpath / f"{stem}_predictions.csv"
-    files.write_map(all_path, result.over_folds.mean(), cohort.like_img)
-    table = pd.DataFrame(result.rows)
-    files.write_csv(table_path, table)
-    written = [all_path, table_path]
-    for outcome, mean in result.by_outcome.items():
-        if mean.n:
-            written.append(args.outpath / f"{stem}_map_{outcome}.nii.gz")
-            files.write_map(written[-1], mean.mean(), cohort.like_img)
+def write_sidecar(args: argparse.Namespace, method: str, table: pd.DataFrame, record: dict) -> Path:
+    """Write how a method's mean map was made; return the path."""
+    error = None if method == "GGC" else float(table["completeness_error"].median())
+    log_completeness(method, error)
     sidecar = {
         "method": method,
         "random_weights": args.randomize,
@@ -240,19 +224,15 @@ def write_summary(
         "subjects": args.subjects,
         "model": args.model,
         "seed": args.seed,
-        "scans_per_fold": {fold.number: len(fold.rows) for fold in plan},
+        "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
         "background": "mean_scan.nii.gz",
-        "median_completeness_error": None
-        if method == "GGC"
-        else table["completeness_error"].median(),
-        "checkpoints_sha256": {
-            f.checkpoint_path.name: files.sha256(f.checkpoint_path) for f in plan
-        },
+        "median_completeness_error": error,
+        "checkpoints_sha256": record["checkpoints_sha256"],
         "versions": utils.versions(),
     }
-    files.write_json(args.outpath / f"{stem}_map_all.json", sidecar)
-    log_completeness(method, sidecar["median_completeness_error"])
-    return [*written, args.outpath / f"{stem}_map_all.json"]
+    path = args.outpath / f"{stem_of(args, method)}_map_all.json"
+    files.write_json(path, sidecar)
+    return path
 
 
 def log_completeness(method: str, error: float | None) -> None:
@@ -293,7 +273,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--method", required=True, nargs="+", choices=list(attribution.METHODS),
            help="one or more")
     option("--fold", type=number(int, at_least=1), default=None,
-           help=f"number of folds; left out: the run's, or {N_FOLDS} without a run.json")
+           help=f"folds of the run; left out: as its run.json says, or {trained_run.N_FOLDS}")
     option("--batch", type=number(int, at_least=1), default=1,
            help="volumes, or IG steps, per pass")
     option("--steps", type=number(int, at_least=2), default=attribution.N_STEPS,
@@ -309,6 +289,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--randomize", action="store_true",
            help="explain freshly drawn weights instead: what the architecture alone highlights, a "
                 "control for the maps, in files named {M}_random_*")
+    option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
+           help="explain this fold only; whoever finishes the last one puts all together")
+    option("--overwrite", action="store_true", help="start anew where --outpath holds other maps")
     option("--workers", type=number(int, at_least=0), default=1,
            help="processes that read scans; 0: the main process reads")
     # fmt: on
@@ -323,33 +306,24 @@ def main(args: argparse.Namespace) -> None:
     device = utils.select_device(args.device)
     cohort = dataset.read_cohort(args.path)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
-    plan = plan_folds(args, cohort)
+    plan = trained_run.plan_folds(args, cohort)
+    args.fold = len(plan)
     for fold in plan:
-        files.load_weights(
-            model, fold.checkpoint_path
-        )  # says what is wrong before anything is written
+        files.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
 
-    utils.make_outpath(args.outpath)
+    records = ranks.from_first(lambda: start_methods(args, cohort, plan))
     utils.start_log(args.outpath / "heatmap.log")
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
     )
-    results = {method: maps.MethodResults() for method in args.method}
-    mean_scan = maps.RunningMean()
-    written = []
     with logging_redirect_tqdm([log]):
-        for fold in tqdm(plan, "folds", disable=None):
-            set_weights(args, model, fold)
-            explain_fold(args, cohort, fold, model, device, results, mean_scan)
-            written += write_fold_maps(args, cohort, fold, results)
-
-    written.append(args.outpath / "mean_scan.nii.gz")
-    files.write_map(written[-1], mean_scan.mean(), cohort.like_img)
-    for method, result in results.items():
-        written += write_summary(args, cohort, plan, method, result)
-        written += draw_map(args, method)
-    print(*written, sep="\n")
+        for fold in utils.progress(plan, "folds"):
+            if args.only_fold in (None, fold.number):
+                work_on_fold(args, cohort, fold, model, device)
+    if ranks.is_first():
+        print(*assemble(args, cohort, plan, records), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main, parse_args()))
+    advice = "Finished folds are kept, with --save-subjects also scans: the same command goes on."
+    sys.exit(utils.run_script(main, parse_args(), advice))

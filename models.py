@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import nn
 
-from utils import InputError
+from errors import InputError
 
 N_CLASSES = 2
 HIDDEN_UNITS = 64

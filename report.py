@@ -16,8 +16,8 @@ from nilearn import datasets, image, plotting
 
 import files
 import utils
+from errors import InputError
 from pictures import HIDDEN_FRACTION, MAP_COLORS, color_limit
-from utils import InputError
 
 TEMPLATE_PATH = Path(__file__).with_name("report_template.html")
 SHOWN_VOXEL_MM = 2.0  # slices in report.html are no finer: it stays small

@@ -12,7 +12,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from utils import RunError
+from errors import RunError
 
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 READ_ERRORS = (  # ImportError: MINC 2 needs h5py

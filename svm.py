@@ -38,7 +38,8 @@ import pictures
 import report
 import runs
 import utils
-from utils import InputError, log
+from errors import InputError
+from utils import log
 
 C = 1.0
 N_FOLDS = 5

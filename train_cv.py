@@ -32,7 +32,8 @@ import models
 import pictures
 import runs
 import utils
-from utils import RunError, log
+from errors import RunError
+from utils import log
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = 5
@@ -45,6 +46,14 @@ DELTA = 0.0
 
 VAL_FRACTION = 0.2
 MAX_WORKERS = 4
+
+RUN = runs.RunKind(
+    record_name="run.json",
+    options=(
+        "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
+    ),
+    fold_files=("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"),
+)  # fmt: skip
 
 
 @dataclass
@@ -311,6 +320,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="share of a fold's other scans that validate")
     option("--workers", type=number(int, at_least=0), default=min(MAX_WORKERS, os.cpu_count() // 2),
            help="processes that read scans; 0: the main process reads")
+    option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
+           help="train this fold only; whoever finishes the last one puts all together")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
     return parser.parse_args(argv)
@@ -325,9 +336,10 @@ def main(args: argparse.Namespace) -> None:
         args.model, cohort.volume_shape
     )  # says what is wrong before anything is written
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    run, is_new = runs.open_run(args, cohort, device)
+    record = runs.new_record(args, cohort, "train_cv.py", args.model)
+    record["device"] = utils.describe_device(device)
 
-    runs.start_run(args.outpath, run, is_new, splits)
+    record, splits = runs.start_run(args, cohort, record, RUN, splits)
     utils.start_log(args.outpath / "train_cv.log")
     log.info(
         "%d scans of %s voxels on %s",
@@ -343,7 +355,7 @@ def main(args: argparse.Namespace) -> None:
             train_fold(args, cohort, splits[f"fold_{fold}"], fold, device)
 
     table = assemble(args, cohort)
-    files.write_json(args.outpath / "run.json", run | {"end": utils.now()})
+    files.write_json(args.outpath / "run.json", record | {"end": utils.now()})
     print(table.to_string(index=False, float_format="%.3f"))
 
 

@@ -1,44 +1,50 @@
-"""What every script shares: errors and exit statuses, options, device, seeds, logs."""
+"""What every script shares: exit statuses, options, device, seeds, logs, progress."""
 
 import argparse
 import logging
 import platform
 import random
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+import ranks
+from errors import InputError, RunError, Stopped, stoppable
 
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
 
 log = logging.getLogger("heatmaps")
 
 
-# Errors and exit statuses
+# Exit statuses
 
 
-class InputError(ValueError):
-    """The user's input is at fault: one message, exit status 2."""
+def run_script(main: Callable, args: argparse.Namespace, advice: str = "") -> int:
+    """Run a script's `main(args)` and return its exit status.
 
-
-class RunError(RuntimeError):
-    """The run cannot go on, through no fault of the command line: one message, exit status 1."""
-
-
-def run_script(main: Callable, args: argparse.Namespace) -> int:
-    """Run a script's `main(args)` and return its exit status: 0 done, 2 input at fault, 1 other."""
+    0 done; 2 the input is at fault; 128 plus its number for a signal; 1 anything else. `advice`
+    says, after a signal, how to go on.
+    """
+    speaker = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
     try:
-        main(args)
+        with stoppable(), ranks.joined():
+            main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"{speaker}stopped by {stop.signal.name}. {advice}".rstrip(), file=sys.stderr)
+        return 128 + stop.signal
     return 0
 
 
@@ -119,7 +125,8 @@ def select_device(name: str | None) -> torch.device:
         If there is no such device; a GPU that is not there is never replaced by the CPU.
     """
     if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        first = f"cuda:{ranks.local_rank()}"
+        return torch.device(first if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{name}" if name.isdigit() else name)
     except RuntimeError:
@@ -157,17 +164,39 @@ def seed_everything(*keys: int) -> None:
     torch.manual_seed(seed)
 
 
+class LogFile(logging.FileHandler):
+    """A log file that holds its peace when the disk is full: what must be written will speak."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the line."""
+
+
 def start_log(log_path: Path | None = None) -> None:
-    """Log to stderr and, once there is an output folder, also to a file."""
+    """Log to stderr and, once there is an output folder, also to a file.
+
+    Under torchrun the first process speaks on stderr, the others warn only; each has a file.
+    """
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(logging.StreamHandler())
+    speaker = f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(logging.Formatter(f"{speaker}%(message)s"))
+    to_stderr.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
+    log.addHandler(to_stderr)
     if log_path is not None:
-        to_file = logging.FileHandler(log_path, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if not ranks.is_first():
+            log_path = log_path.with_suffix(f".rank{ranks.rank()}.log")
+        to_file = LogFile(log_path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
         log.addHandler(to_file)
+
+
+def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
+    """Return a progress bar on stderr; none where that is no terminal, or another rank's."""
+    disable = None if ranks.is_first() else True
+    return tqdm(items, description, disable=disable, **options)
 
 
 def now() -> str:
@@ -186,12 +215,14 @@ def make_outpath(outpath: Path) -> Path:
     Raises
     ------
     InputError
-        If it cannot be created, or is a file.
+        If it cannot be created, is a file, or may not be written in.
     """
     try:
         outpath.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=outpath):
+            pass
     except OSError as error:
         raise InputError(
-            f"--outpath {outpath} cannot be used as a folder: {error.strerror}"
+            f"--outpath {outpath} cannot be used as a folder to write in: {error.strerror}"
         ) from None
     return outpath

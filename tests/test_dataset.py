@@ -15,7 +15,7 @@ from nibabel.testing import data_path as NIBABEL_DATA
 
 import dataset
 import scan_files
-from utils import InputError, RunError
+from errors import InputError, RunError
 
 OTHER_AFFINE = AFFINE + np.diag([0, 0, 0.5, 0])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import files
-from utils import InputError
+from errors import InputError
 
 SHAPE = (5, 6, 7)
 

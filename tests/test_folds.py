@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dataset
 import files
 import folds
-from utils import InputError
+from errors import InputError
 
 PARTS = {"train", "val", "test"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models
-from utils import InputError
+from errors import InputError
 
 PAPER_SHAPE = (193, 229, 193)
 FLAT_FEATURES_AT_WIDTH_24 = {"A": 864, "B": 1920, "C": 1920, "D": 1920}
