@@ -1,0 +1,192 @@
+"""Which processes train which fold, and how several train one fold as one.
+
+With no more processes than folds, each fold is trained by one process, and nothing here changes
+what it computes. With more, each fold has a team: every process takes its share of each batch, and
+batch statistics, dropout, loss and gradients are those of the whole batch, up to rounding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, default_collate
+
+import ranks
+
+
+class _Total(torch.autograd.Function):
+    """The sum over a team; the gradient of a sum is the sum of the members' gradients."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, group: distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one fold together.
+
+    Attributes
+    ----------
+    index : int
+        This process's place in the team.
+    size : int
+    group : ProcessGroup or None
+        None for a team of one.
+    """
+
+    index: int = 0
+    size: int = 1
+    group: distributed.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the fold's files."""
+        return self.index == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of the members' values; gradients flow back to all of them."""
+        return values if self.size == 1 else _Total.apply(values, self.group)
+
+    def gathered(self, value: object) -> list:
+        """Return the members' values, in their order."""
+        if self.size == 1:
+            return [value]
+        ranks.wait_for_all(self.group)
+        values = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Return when every member has come to this point."""
+        if self.size > 1:
+            ranks.wait_for_all(self.group)
+
+
+def assign_folds(folds: list[int]) -> tuple[list[int], Team]:
+    """Return the folds that this process trains, and its team.
+
+    Fold i goes to rank i mod the number of processes; with more processes than folds, rank r joins
+    the team of the fold in place r mod the number of folds.
+    """
+    n_ranks, rank = ranks.world_size(), ranks.rank()
+    if n_ranks <= len(folds):
+        return folds[rank::n_ranks], Team()
+    for place, fold in enumerate(folds):
+        members = list(range(place, n_ranks, len(folds)))
+        group = distributed.new_group(members) if len(members) > 1 else None  # all must call it
+        if rank in members:
+            mine = [fold], Team(members.index(rank), len(members), group)
+    return mine
+
+
+# One fold by several processes
+
+
+class ShareOfBatches:
+    """A team member's share of each batch of a sampler: every size-th scan of it."""
+
+    def __init__(self, batches: BatchSampler, team: Team):
+        self.batches, self.team = batches, team
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.team.index :: self.team.size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class CollateShare:
+    """Collate a share of a batch, which may hold no scan at all."""
+
+    def __init__(self, volume_shape: tuple[int, int, int]):
+        self.volume_shape = volume_shape
+
+    def __call__(self, scans: list[tuple]) -> list[Tensor]:
+        if scans:
+            return default_collate(scans)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return [torch.zeros(0, 1, *self.volume_shape), nothing, nothing]
+
+
+class SharedBatchNorm3d(nn.BatchNorm3d):
+    """Batch normalisation by the statistics of the whole team's batch.
+
+    torch's own SyncBatchNorm needs a GPU; this one is the same on a CPU.
+    """
+
+    def __init__(self, layer: nn.BatchNorm3d, team: Team):
+        super().__init__(layer.num_features, layer.eps, layer.momentum)
+        self.load_state_dict(layer.state_dict())
+        self.team = team
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise (N, C, D, H, W); N, the member's share, may be 0."""
+        if not self.training:
+            return super().forward(inputs)
+        axes = (0, 2, 3, 4)
+        count = inputs.new_tensor([inputs.numel() / self.num_features])
+        totals = self.team.total(torch.cat([inputs.sum(axes), count]))
+        n, mean = totals[-1].detach(), totals[:-1] / totals[-1].detach()
+        centred = inputs - mean.view(1, -1, 1, 1, 1)
+        variance = self.team.total(centred.square().sum(axes)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale.view(1, -1, 1, 1, 1) + self.bias.view(1, -1, 1, 1, 1)
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout whose mask is the member's share of the one that the whole batch would get."""
+
+    def __init__(self, layer: nn.Dropout, team: Team):
+        super().__init__(layer.p)
+        self.team = team
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Drop units of (N, n_units)."""
+        if not self.training:
+            return inputs
+        n_scans = int(self.team.total(torch.tensor([len(inputs)], device=inputs.device)))
+        mask = functional.dropout(inputs.new_ones(n_scans, *inputs.shape[1:]), self.p)
+        return inputs * mask[self.team.index :: self.team.size]
+
+
+class SharedCrossEntropy(nn.Module):
+    """Cross-entropy whose mean over the team, as gradients are averaged, is the whole batch's."""
+
+    def __init__(self, team: Team):
+        super().__init__()
+        self.team = team
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the member's part of the loss of logits (N, 2) and labels (N,)."""
+        n_scans = self.team.total(torch.tensor([len(labels)], device=labels.device))
+        total = functional.cross_entropy(logits, labels, reduction="sum")
+        return total * self.team.size / n_scans[0]
+
+
+def share_model(model: nn.Module, team: Team) -> nn.Module:
+    """Return a model that trains as one with the team's other members'; it keeps the parameters."""
+    replacements = {nn.BatchNorm3d: SharedBatchNorm3d, nn.Dropout: SharedDropout}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in replacements:
+                on_its_device = replacements[type(child)](child, team)
+                setattr(parent, name, on_its_device.to(next(model.parameters()).device))
+    return DistributedDataParallel(model, process_group=team.group)
