@@ -5,6 +5,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from tqdm import tqdm
 
 import scan_files
 from utils import InputError, log
+
+if TYPE_CHECKING:
+    from volume_file import Volumes
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
@@ -213,6 +217,8 @@ class ScanDataset(Dataset):
         The cohort's table (file, label).
     rows : int array, shape (n,)
         The rows of the table that belong to this dataset.
+    cached : volume_file.Volumes, optional
+        The cohort's decoded volumes; without them every scan is decoded whenever it is asked for.
 
     Notes
     -----
@@ -220,16 +226,21 @@ class ScanDataset(Dataset):
     `n_nonfinite` counts each scan's non-finite voxels once it has been read, in any worker process.
     """
 
-    def __init__(self, table: pd.DataFrame, rows: np.ndarray):
+    def __init__(self, table: pd.DataFrame, rows: np.ndarray, cached: "Volumes | None" = None):
         self.files = table["file"].to_numpy()[rows]
         self.labels = table["label"].to_numpy()[rows]
         self.rows = np.asarray(rows)
+        self.cached = cached
         self.n_nonfinite = torch.zeros(len(rows), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
+        row = int(self.rows[index])
+        if self.cached is None:
+            volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
+        else:
+            volume_data, self.n_nonfinite[index] = self.cached[row], self.cached.n_nonfinite[row]
         volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
-        return volume, int(self.labels[index]), int(self.rows[index])
+        return volume, int(self.labels[index]), row

@@ -5,11 +5,14 @@
 Per fold: train with early stopping on validation scans, keep the best epoch's weights, test them
 once on the fold's test scans. Typed again, an interrupted command goes on after its last epoch.
 
+Every scan is decoded once, into one file of scaled volumes, removed when the run is complete.
+
 Written to --outpath: state_dict_f*.pth, predictions.csv, metrics.csv, splits.csv, run.json, losses,
 histories, loss_curves.png, roc.png and train_cv.log.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -32,7 +35,9 @@ import models
 import pictures
 import runs
 import utils
+import volume_cache
 from utils import RunError, log
+from volume_file import Volumes
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = 5
@@ -88,13 +93,14 @@ def make_loader(
     part: str,
     args: argparse.Namespace,
     device: torch.device,
+    cached: Volumes | None,
 ) -> DataLoader:
     """Return a loader of one part of a fold; training scans come shuffled.
 
     The order has a generator of its own, and so has what the loader draws for its workers:
     their number changes no result.
     """
-    scans = dataset.ScanDataset(cohort.table, np.flatnonzero(parts == part))
+    scans = dataset.ScanDataset(cohort.table, np.flatnonzero(parts == part), cached)
     shuffled = RandomSampler(scans, generator=torch.Generator())
     return DataLoader(
         scans,
@@ -182,10 +188,11 @@ def train_fold(
     parts: pd.Series,
     fold: int,
     device: torch.device,
+    cached: Volumes | None = None,
 ) -> None:
     """Train one fold with early stopping, test its best weights once, and write all its files."""
     train_loader, val_loader, test_loader = (
-        make_loader(cohort, parts, part, args, device) for part in ("train", "val", "test")
+        make_loader(cohort, parts, part, args, device, cached) for part in ("train", "val", "test")
     )
     utils.seed_everything(args.seed, fold, 0)
     model = models.build_model(args.model, cohort.volume_shape).to(device)
@@ -277,6 +284,20 @@ def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataF
 # All folds
 
 
+def unfinished_folds(args: argparse.Namespace) -> list[int]:
+    """Return the folds that have not been tested yet."""
+    return [f for f in range(args.fold) if not (args.outpath / f"predictions_f{f}.csv").is_file()]
+
+
+def open_cache(
+    args: argparse.Namespace, cohort: dataset.Cohort, folder: Path
+) -> contextlib.AbstractContextManager[Volumes | None]:
+    """Return a block in which the cohort's scaled volumes are at hand, or None with --no-cache."""
+    if args.no_cache:
+        return contextlib.nullcontext()
+    return volume_cache.opened(cohort, folder, args.workers)
+
+
 def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
     """Write what all folds have in common, from each fold's files; return the metrics."""
     predictions = metrics.gather_predictions(args.outpath, range(args.fold), cohort.table["path"])
@@ -295,6 +316,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     utils.add_cohort_options(parser)
     utils.add_device_option(parser)
+    utils.add_cache_option(parser)
     option = parser.add_argument
     # fmt: off
     option("--model", required=True, metavar="NAME", help=f"one of: {', '.join(models.MODELS)}")
@@ -311,6 +333,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="share of a fold's other scans that validate")
     option("--workers", type=number(int, at_least=0), default=min(MAX_WORKERS, os.cpu_count() // 2),
            help="processes that read scans; 0: the main process reads")
+    option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
     return parser.parse_args(argv)
@@ -326,6 +349,9 @@ def main(args: argparse.Namespace) -> None:
     )  # says what is wrong before anything is written
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
     run, is_new = runs.open_run(args, cohort, device)
+    cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
+    if not args.no_cache and (is_new or unfinished_folds(args)):
+        volume_cache.check_room(cohort, cache_folder)
 
     runs.start_run(args.outpath, run, is_new, splits)
     utils.start_log(args.outpath / "train_cv.log")
@@ -335,15 +361,15 @@ def main(args: argparse.Namespace) -> None:
         cohort.volume_shape,
         utils.describe_device(device),
     )
-    with logging_redirect_tqdm([log]):
-        for fold in tqdm(range(args.fold), "folds", disable=None):
-            if (args.outpath / f"predictions_f{fold}.csv").is_file():
-                log.info("fold %d is finished already", fold)
-                continue
-            train_fold(args, cohort, splits[f"fold_{fold}"], fold, device)
+    if unfinished := unfinished_folds(args):
+        log.info("%d of %d folds are to be trained", len(unfinished), args.fold)
+        with logging_redirect_tqdm([log]), open_cache(args, cohort, cache_folder) as cached:
+            for fold in tqdm(unfinished, "folds", disable=None):
+                train_fold(args, cohort, splits[f"fold_{fold}"], fold, device, cached)
 
     table = assemble(args, cohort)
     files.write_json(args.outpath / "run.json", run | {"end": utils.now()})
+    volume_cache.remove(cache_folder)
     print(table.to_string(index=False, float_format="%.3f"))
 
 

@@ -105,6 +105,15 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add --cache-dir."""
+    parser.add_argument(
+        "--cache-dir", type=Path, default=None, metavar="DIR",
+        help="where the scaled scans lie while this runs (4 bytes a voxel), best on a local disk; "
+        "runs on the same scans share them; left out: below --outpath",
+    )  # fmt: skip
+
+
 def select_device(name: str | None) -> torch.device:
     """Return the torch device that `--device` asks for.
 
