@@ -1,24 +1,26 @@
 """The cohort: its CSV, the checks on it, and the dataset that reads its scans."""
 
 import csv
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from nibabel.spatialimages import SpatialImage
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import ranks
 import scan_files
-from errors import InputError, RunError
+from errors import InputError
 from utils import log, progress
+
+if TYPE_CHECKING:
+    from volume_file import Volumes
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
@@ -224,6 +226,8 @@ class ScanDataset(Dataset):
         The cohort's table (file, label).
     rows : int array, shape (n,)
         The rows of the table that belong to this dataset.
+    cached : volume_file.Volumes, optional
+        The cohort's decoded volumes; without them every scan is decoded whenever it is asked for.
 
     Notes
     -----
@@ -231,41 +235,21 @@ class ScanDataset(Dataset):
     `n_nonfinite` counts each scan's non-finite voxels once it has been read, in any worker process.
     """
 
-    def __init__(self, table: pd.DataFrame, rows: np.ndarray):
+    def __init__(self, table: pd.DataFrame, rows: np.ndarray, cached: "Volumes | None" = None):
         self.files = table["file"].to_numpy()[rows]
         self.labels = table["label"].to_numpy()[rows]
         self.rows = np.asarray(rows)
+        self.cached = cached
         self.n_nonfinite = torch.zeros(len(rows), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
+        row = int(self.rows[index])
+        if self.cached is None:
+            volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
+        else:
+            volume_data, self.n_nonfinite[index] = self.cached[row], self.cached.n_nonfinite[row]
         volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
-        return volume, int(self.labels[index]), int(self.rows[index])
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which stops its reading processes itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def batches(loader: DataLoader) -> Iterator:
-    """Iterate over a loader's batches.
-
-    Raises
-    ------
-    RunError
-        If a scan cannot be read, in one sentence also from a reading process; or if such a process
-        was killed.
-    """
-    try:
-        yield from loader
-    except RunError as error:  # torch hands on a reading process's whole traceback
-        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise RunError(f"a process that reads scans was killed, as for memory: {reason}") from None
+        return volume, int(self.labels[index]), row

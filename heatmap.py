@@ -31,6 +31,7 @@ import attribution
 import dataset
 import explaining
 import files
+import loading
 import map_files
 import maps
 import models
@@ -127,7 +128,7 @@ def explain_fold(
     scans = dataset.ScanDataset(cohort.table, fold.rows[ranks.rank() :: ranks.world_size()])
     loader = DataLoader(
         scans, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=dataset.ignore_interrupts,
+        worker_init_fn=loading.ignore_interrupts,
     )  # fmt: skip
     n_at_once = dict.fromkeys((*methods, explaining.FORWARD), args.batch)
     explainer = explaining.Explainer(model, method_options(args), n_at_once)
@@ -139,7 +140,7 @@ def explain_fold(
             m: map_files.ScanMaps(args.outpath, stem_of(args, m), cohort, fold.number, writer)
             for m in (methods if args.save_subjects else [])
         }
-        for volumes, labels, rows in dataset.batches(loader):
+        for volumes, labels, rows in loading.batches(loader):
             for volume in volumes:
                 mean_scan.add(volume[0].numpy())
             volumes = volumes.to(device, non_blocking=True)

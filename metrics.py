@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import rankdata
 
+from errors import RunError
 from utils import derived_seed
 
 N_BOOTSTRAP = 1000
@@ -131,3 +133,39 @@ def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: i
         }
     ).T
     return pd.concat([per_fold, summary]).rename_axis("fold").reset_index()
+
+
+# Of networks
+
+
+def mean_loss(losses: torch.Tensor, n_scans: int, batch: int, fold: int, epoch: int) -> float:
+    """Return the mean loss per scan of an epoch's batches; a non-finite loss stops the run."""
+    losses = losses.double().cpu()
+    bad_batches = (~torch.isfinite(losses)).nonzero().flatten()
+    if len(bad_batches):
+        raise RunError(
+            f"the training loss is not finite in fold {fold}, epoch {epoch}, batch "
+            f"{int(bad_batches[0])}; a smaller --lr may help"
+        )
+    sizes = torch.full_like(losses, batch)
+    sizes[-1] = n_scans - batch * (len(losses) - 1)
+    return float((losses * sizes).sum() / n_scans)
+
+
+def predictions_of(
+    paths: pd.Series,
+    fold: int,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+) -> pd.DataFrame:
+    """Return a fold's predictions, one row a test scan."""
+    return pd.DataFrame(
+        {
+            "path": paths.iloc[rows.numpy()].to_numpy(),
+            "label": labels.numpy(),
+            "fold": fold,
+            "probability": torch.softmax(logits.double(), 1)[:, 1].numpy(),
+            "predicted": logits.argmax(1).numpy(),
+        }
+    )

@@ -129,6 +129,7 @@ def open_run(
     """
     if args.overwrite and args.only_fold is not None:
         raise InputError("--overwrite starts a whole run anew: it does not go with --only-fold")
+    utils.check_outpath(args.outpath)
     path = args.outpath / kind.record_name
     if args.overwrite or not path.is_file():
         return record, True

@@ -6,9 +6,9 @@ Each fold trains on the scans that its network trained and validated on, and is 
 held-out scans. Weights say how the SVM decides; patterns (Haufe et al. 2014) what changes with its
 decision, and are the ones to be read as anatomy.
 
-Every scan is decoded once, into one file of scaled volumes below --outpath (float32; its size is
-said first, and it is deleted at the end). That file is read twice, a range of voxels of all scans
-at a time, so memory does not grow with the cohort, but for the Gram matrix.
+Every scan is decoded once, into one file of scaled volumes that is removed at the end (train_cv.py
+on the same scans shares it where --cache-dir is the same). That file is read twice, a range of
+voxels of all scans at a time, so memory does not grow with the cohort, but for the Gram matrix.
 
 Written to --outpath: SVM_weights_f*.nii.gz, SVM_pattern_f*.nii.gz and their means *_all.nii.gz with
 .json, .png and .html beside them, predictions.csv, metrics.csv, splits.csv, run.json, roc.png,
@@ -16,7 +16,6 @@ mean_scan.nii.gz and svm.log.
 """
 
 import argparse
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from sklearn.svm import SVC
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -38,8 +36,10 @@ import pictures
 import report
 import runs
 import utils
+import volume_cache
 from errors import InputError
 from utils import log
+from volume_file import Volumes
 
 C = 1.0
 N_FOLDS = 5
@@ -48,7 +48,6 @@ BLOCK_BYTES = (
     128 * 2**20
 )  # of float32 voxels held at a time; float64 copies make it three times that
 TOLERANCE = 1e-9  # of the optimiser; weights are then good to a millionth of their maximum
-CACHE_NAME = "volumes.tmp"
 MAPS = ("weights", "pattern")
 
 
@@ -71,56 +70,17 @@ class FoldFit:
     decisions: np.ndarray
 
 
-# The scans × voxels matrix, on disk
-
-
-class VolumeFile:
-    """A cohort's scaled volumes as rows of one float32 file, read a range of voxels at a time."""
-
-    def __init__(self, path: Path, n_scans: int, n_voxels: int):
-        self.path, self.n_scans, self.n_voxels = path, n_scans, n_voxels
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Return the voxel ranges that fit the block size with all scans."""
-        n_at_once = max(1, BLOCK_BYTES // (4 * self.n_scans))
-        starts = range(0, self.n_voxels, n_at_once)
-        return [(start, min(start + n_at_once, self.n_voxels)) for start in starts]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return these voxels of all scans, float64 of shape (n_scans, stop − start)."""
-        block = np.empty((self.n_scans, stop - start), dtype=np.float32)
-        with self.path.open("rb") as file:
-            for row in range(self.n_scans):
-                file.seek(4 * (row * self.n_voxels + start))
-                file.readinto(block[row])
-        return block.astype(np.float64)
-
-
-def decode_scans(args: argparse.Namespace, cohort: dataset.Cohort) -> VolumeFile:
-    """Read and scale every scan once, into one file."""
-    n_scans, n_voxels = len(cohort.table), int(np.prod(cohort.volume_shape))
-    n_bytes, n_free = 4 * n_scans * n_voxels, shutil.disk_usage(args.outpath).free
-    if n_bytes > n_free:
-        raise InputError(
-            f"{n_bytes / 1e9:.1f} GB are needed below --outpath {args.outpath} for the scaled "
-            f"scans, {n_free / 1e9:.1f} GB are free"
-        )
-    log.info("%d scans take %.2f GB below --outpath while this runs", n_scans, n_bytes / 1e9)
-    volumes = VolumeFile(args.outpath / CACHE_NAME, n_scans, n_voxels)
-    scans = dataset.ScanDataset(cohort.table, np.arange(n_scans))
-    loader = DataLoader(scans, batch_size=None, num_workers=args.workers)
-    with volumes.path.open("wb") as file:
-        for volume, _, _ in tqdm(loader, "decoding", unit="scan", disable=None):
-            file.write(volume.numpy().tobytes())
-    if scans.n_nonfinite.any():
-        log.warning("%d non-finite voxels set to 0", scans.n_nonfinite.sum())
-    return volumes
-
-
 # The SVM in terms of the Gram matrix
 
 
-def gram_matrix(volumes: VolumeFile) -> tuple[np.ndarray, np.ndarray]:
+def voxel_ranges(volumes: Volumes) -> list[tuple[int, int]]:
+    """Return the ranges of voxels that fit the block size with all scans."""
+    n_at_once = max(1, BLOCK_BYTES // (4 * volumes.n_scans))
+    starts = range(0, volumes.n_voxels, n_at_once)
+    return [(start, min(start + n_at_once, volumes.n_voxels)) for start in starts]
+
+
+def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
     """Return the Gram matrix of all scans and their mean.
 
     Returns
@@ -131,8 +91,8 @@ def gram_matrix(volumes: VolumeFile) -> tuple[np.ndarray, np.ndarray]:
     """
     gram = np.zeros((volumes.n_scans, volumes.n_scans))
     mean = np.empty(volumes.n_voxels, dtype=np.float32)
-    for start, stop in tqdm(volumes.ranges(), "Gram matrix", unit="block", disable=None):
-        block = volumes.read(start, stop)
+    for start, stop in tqdm(voxel_ranges(volumes), "Gram matrix", unit="block", disable=None):
+        block = volumes.read(start, stop).astype(np.float64)
         mean[start:stop] = block.mean(0)
         block -= block.mean(0)
         gram += block @ block.T
@@ -184,11 +144,11 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
     return FoldFit(weights, pattern, scores + svc.intercept_[0])
 
 
-def combine_scans(volumes: VolumeFile, coefficients: np.ndarray) -> np.ndarray:
+def combine_scans(volumes: Volumes, coefficients: np.ndarray) -> np.ndarray:
     """Return weighted sums of scans, (n_maps, n_voxels), for coefficients (n_maps, n_scans)."""
     maps = np.empty((len(coefficients), volumes.n_voxels), dtype=np.float32)
-    for start, stop in tqdm(volumes.ranges(), "maps", unit="block", disable=None):
-        maps[:, start:stop] = coefficients @ volumes.read(start, stop)
+    for start, stop in tqdm(voxel_ranges(volumes), "maps", unit="block", disable=None):
+        maps[:, start:stop] = coefficients @ volumes.read(start, stop).astype(np.float64)
     return maps
 
 
@@ -263,6 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     number = utils.number
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     utils.add_cohort_options(parser)
+    utils.add_cache_option(parser)
     option = parser.add_argument
     # fmt: off
     option("--modelpath", type=Path, default=None, metavar="DIR",
@@ -287,23 +248,24 @@ def main(args: argparse.Namespace) -> None:
     labels = cohort.table["label"].to_numpy()
 
     run = runs.new_record(args, cohort, "svm.py", "linear SVM")
+    cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
+    volume_cache.check_room(cohort, cache_folder)
 
     utils.make_outpath(args.outpath)
     utils.start_log(args.outpath / "svm.log")
     start = time.perf_counter()
-    with logging_redirect_tqdm([log]):
-        volumes = decode_scans(args, cohort)
-        try:
-            gram, mean = gram_matrix(volumes)
-            fits = [
-                fit_fold(gram, labels, np.flatnonzero(parts[name] != "test"), args.C)
-                for name in tqdm(parts, "folds", disable=None)
-            ]
-            weights = [fit.weight_coefficients for fit in fits]
-            patterns = [fit.pattern_coefficients for fit in fits]
-            maps = combine_scans(volumes, np.array(weights + patterns))
-        finally:
-            volumes.path.unlink(missing_ok=True)
+    opened = volume_cache.opened(cohort, cache_folder, args.workers)
+    with logging_redirect_tqdm([log]), opened as volumes:
+        if volumes.n_nonfinite.any():
+            log.warning("%d non-finite voxels set to 0", volumes.n_nonfinite.sum())
+        gram, mean = gram_matrix(volumes)
+        fits = [
+            fit_fold(gram, labels, np.flatnonzero(parts[name] != "test"), args.C)
+            for name in tqdm(parts, "folds", disable=None)
+        ]
+        weights = [fit.weight_coefficients for fit in fits]
+        patterns = [fit.pattern_coefficients for fit in fits]
+        maps = combine_scans(volumes, np.array(weights + patterns))
     log.info("%.1f seconds a fold", (time.perf_counter() - start) / len(fits))
 
     predictions = predictions_table(cohort, splits, fits)
@@ -314,6 +276,7 @@ def main(args: argparse.Namespace) -> None:
     files.write_csv(args.outpath / "metrics.csv", table)
     pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     written = write_maps(args, cohort, maps, mean)
+    volume_cache.remove(cache_folder)
     print(table.to_string(index=False, float_format="%.3f"))
     print(*written, sep="\n")
 

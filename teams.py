@@ -5,14 +5,12 @@ what it computes. With more, each fold has a team: every process takes its share
 batch statistics, dropout, loss and gradients are those of the whole batch, up to rounding.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, default_collate
 
 import ranks
 
@@ -60,6 +58,10 @@ class Team:
         """Return the sum of the members' values; gradients flow back to all of them."""
         return values if self.size == 1 else _Total.apply(values, self.group)
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of the members' values."""
+        return self.total(values) / self.size
+
     def gathered(self, value: object) -> list:
         """Return the members' values, in their order."""
         if self.size == 1:
@@ -82,7 +84,7 @@ def assign_folds(folds: list[int]) -> tuple[list[int], Team]:
     the team of the fold in place r mod the number of folds.
     """
     n_ranks, rank = ranks.world_size(), ranks.rank()
-    if n_ranks <= len(folds):
+    if n_ranks <= len(folds) or not folds:
         return folds[rank::n_ranks], Team()
     for place, fold in enumerate(folds):
         members = list(range(place, n_ranks, len(folds)))
@@ -93,33 +95,6 @@ def assign_folds(folds: list[int]) -> tuple[list[int], Team]:
 
 
 # One fold by several processes
-
-
-class ShareOfBatches:
-    """A team member's share of each batch of a sampler: every size-th scan of it."""
-
-    def __init__(self, batches: BatchSampler, team: Team):
-        self.batches, self.team = batches, team
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            yield batch[self.team.index :: self.team.size]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class CollateShare:
-    """Collate a share of a batch, which may hold no scan at all."""
-
-    def __init__(self, volume_shape: tuple[int, int, int]):
-        self.volume_shape = volume_shape
-
-    def __call__(self, scans: list[tuple]) -> list[Tensor]:
-        if scans:
-            return default_collate(scans)
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return [torch.zeros(0, 1, *self.volume_shape), nothing, nothing]
 
 
 class SharedBatchNorm3d(nn.BatchNorm3d):
@@ -167,6 +142,9 @@ class SharedDropout(nn.Dropout):
         return inputs * mask[self.team.index :: self.team.size]
 
 
+SHARED = {nn.BatchNorm3d: SharedBatchNorm3d, nn.Dropout: SharedDropout}
+
+
 class SharedCrossEntropy(nn.Module):
     """Cross-entropy whose mean over the team, as gradients are averaged, is the whole batch's."""
 
@@ -181,12 +159,16 @@ class SharedCrossEntropy(nn.Module):
         return total * self.team.size / n_scans[0]
 
 
-def share_model(model: nn.Module, team: Team) -> nn.Module:
-    """Return a model that trains as one with the team's other members'; it keeps the parameters."""
-    replacements = {nn.BatchNorm3d: SharedBatchNorm3d, nn.Dropout: SharedDropout}
+def share_training(model: nn.Module, team: Team) -> tuple[nn.Module, nn.Module]:
+    """Return what a team trains with: the network, which keeps the model's parameters, and a loss.
+
+    For a team of one these are the model itself and cross-entropy.
+    """
+    if team.size == 1:
+        return model, nn.CrossEntropyLoss()
+    device = next(model.parameters()).device
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in replacements:
-                on_its_device = replacements[type(child)](child, team)
-                setattr(parent, name, on_its_device.to(next(model.parameters()).device))
-    return DistributedDataParallel(model, process_group=team.group)
+            if type(child) in SHARED:
+                setattr(parent, name, SHARED[type(child)](child, team).to(device))
+    return DistributedDataParallel(model, process_group=team.group), SharedCrossEntropy(team)

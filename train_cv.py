@@ -5,35 +5,46 @@
 Per fold: train with early stopping on validation scans, keep the best epoch's weights, test them
 once on the fold's test scans. Typed again, an interrupted command goes on after its last epoch.
 
+Every scan is decoded once, into one file of scaled volumes, removed when the run is complete.
+Under torchrun the folds are shared among the processes; --only-fold is for job arrays.
+
 Written to --outpath: state_dict_f*.pth, predictions.csv, metrics.csv, splits.csv, run.json, losses,
 histories, loss_curves.png, roc.png and train_cv.log.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataset
 import files
+import fold_state
 import folds
+import loading
 import metrics
 import models
 import pictures
+import ranks
 import runs
+import teams
 import utils
-from errors import RunError
+import volume_cache
+from errors import InputError, RunError, is_out_of_memory
+from locks import one_writer
+from teams import Team
 from utils import log
+from volume_file import Volumes
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = 5
@@ -56,64 +67,7 @@ RUN = runs.RunKind(
 )  # fmt: skip
 
 
-@dataclass
-class FoldState:
-    """All that continuing a fold needs, besides the weights in the model and the optimiser.
-
-    Attributes
-    ----------
-    history : list of dict
-        One an epoch: epoch, train_loss, valid_loss, valid_accuracy, seconds.
-    best_loss : float
-        Validation loss of the best epoch so far.
-    best_weights : dict
-        Its state dict, on the CPU.
-    n_stale_epochs : int
-        Epochs in a row without a new best.
-    """
-
-    history: list[dict] = field(default_factory=list)
-    best_loss: float = float("inf")
-    best_weights: dict = field(default_factory=dict)
-    n_stale_epochs: int = 0
-
-    def update(self, epoch_record: dict, model: nn.Module, delta: float) -> bool:
-        """Take in an epoch; return whether it is the best so far."""
-        is_best = not self.history or epoch_record["valid_loss"] < self.best_loss - delta
-        self.history.append(epoch_record)
-        self.n_stale_epochs = 0 if is_best else self.n_stale_epochs + 1
-        if is_best:
-            self.best_loss = epoch_record["valid_loss"]
-            self.best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
-        return is_best
-
-
 # One fold
-
-
-def make_loader(
-    cohort: dataset.Cohort,
-    parts: pd.Series,
-    part: str,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> DataLoader:
-    """Return a loader of one part of a fold; training scans come shuffled.
-
-    The order has a generator of its own, and so has what the loader draws for its workers:
-    their number changes no result.
-    """
-    scans = dataset.ScanDataset(cohort.table, np.flatnonzero(parts == part))
-    shuffled = RandomSampler(scans, generator=torch.Generator())
-    return DataLoader(
-        scans,
-        batch_size=args.batch,
-        sampler=shuffled if part == "train" else None,
-        generator=torch.Generator(),
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
 
 
 def train_epoch(
@@ -123,7 +77,8 @@ def train_epoch(
     """Train for one epoch; return the loss of each batch, shape (n_batches,)."""
     model.train()
     losses = []
-    for volumes, labels, _ in tqdm(loader, "training", unit="batch", leave=False, disable=None):
+    batches = loading.batches(loader)
+    for volumes, labels, _ in utils.progress(batches, "training", total=len(loader), leave=False):
         volumes = volumes.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
@@ -136,85 +91,64 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, ...]:
+def predict(
+    model: nn.Module, loader: DataLoader, device: torch.device, team: Team
+) -> tuple[torch.Tensor, ...]:
     """Return logits (n, 2), labels (n,) and cohort rows (n,) of a loader's scans, on the CPU."""
     model.eval()
     outputs = []
-    for volumes, labels, rows in tqdm(
-        loader, "predicting", unit="batch", leave=False, disable=None
+    batches = loading.batches(loader)
+    for volumes, labels, rows in utils.progress(
+        batches, "predicting", total=len(loader), leave=False
     ):
         outputs.append((model(volumes.to(device, non_blocking=True)).cpu(), labels, rows))
-    return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
-
-
-def mean_loss(losses: torch.Tensor, loader: DataLoader, fold: int, epoch: int) -> float:
-    """Return the mean loss per scan of an epoch's batches; a non-finite loss stops the run."""
-    losses = losses.double().cpu()
-    bad_batches = (~torch.isfinite(losses)).nonzero().flatten()
-    if len(bad_batches):
-        raise RunError(
-            f"the training loss is not finite in fold {fold}, epoch {epoch}, batch "
-            f"{int(bad_batches[0])}; a smaller --lr may help"
-        )
-    n_scans = len(loader.dataset)
-    sizes = torch.full_like(losses, loader.batch_size)
-    sizes[-1] = n_scans - loader.batch_size * (len(losses) - 1)
-    return float((losses * sizes).sum() / n_scans)
+    shares = [share for part in team.gathered(outputs) for share in part]
+    logits, labels, rows = (torch.cat(column) for column in zip(*shares, strict=True))
+    order = rows.argsort()
+    return logits[order], labels[order], rows[order]
 
 
 def validate(
-    model: nn.Module, loader: DataLoader, device: torch.device, fold: int, epoch: int
+    model: nn.Module, loader: DataLoader, device: torch.device, team: Team, fold: int, epoch: int
 ) -> tuple[float, float]:
-    """Return the mean validation loss per scan and the accuracy."""
-    logits, labels, _ = predict(model, loader, device)
+    """Return the mean validation loss per scan and the accuracy; a non-finite loss stops the run."""
+    logits, labels, _ = predict(model, loader, device, team)
     loss = float(nn.functional.cross_entropy(logits.double(), labels))
     if not np.isfinite(loss):
         raise RunError(f"the validation loss is not finite in fold {fold}, epoch {epoch}")
     return loss, float((logits.argmax(1) == labels).double().mean())
 
 
-def restore_fold(
-    checkpoint_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> FoldState:
-    """Return a fold's state, with its weights put back, or a fresh state if it never began."""
-    if not checkpoint_path.is_file():
-        return FoldState()
-    checkpoint = files.load_torch(checkpoint_path)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return FoldState(**checkpoint["state"])
-
-
 def train_fold(
-    args: argparse.Namespace,
-    cohort: dataset.Cohort,
-    parts: pd.Series,
-    fold: int,
-    device: torch.device,
-) -> None:
+    args: argparse.Namespace, cohort: dataset.Cohort, parts: pd.Series, fold: int,
+    device: torch.device, cached: Volumes | None, team: Team,
+) -> None:  # fmt: skip
     """Train one fold with early stopping, test its best weights once, and write all its files."""
-    train_loader, val_loader, test_loader = (
-        make_loader(cohort, parts, part, args, device) for part in ("train", "val", "test")
-    )
+    loaders = {
+        part: loading.training_loader(
+            dataset.ScanDataset(cohort.table, np.flatnonzero(parts == part), cached),
+            args.batch, part == "train", args.workers, cohort.volume_shape, device, team,
+        )
+        for part in ("train", "val", "test")
+    }  # fmt: skip
     utils.seed_everything(args.seed, fold, 0)
     model = models.build_model(args.model, cohort.volume_shape).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
-    criterion = nn.CrossEntropyLoss()
-    checkpoint_path = args.outpath / f"checkpoint_f{fold}.pt"
-    state = restore_fold(checkpoint_path, model, optimizer)
+    checkpoint_path = fold_state.checkpoint_path_of(args.outpath, fold)
+    state = fold_state.restore_fold(checkpoint_path, model, optimizer)
+    network, criterion = teams.share_training(model, team)
+    n_train = len(loaders["train"].dataset)
 
-    first_epoch = len(state.history) + 1
-    for epoch in tqdm(
-        range(first_epoch, args.epochs + 1), f"fold {fold}", leave=False, disable=None
-    ):
+    epochs = range(len(state.history) + 1, args.epochs + 1)
+    for epoch in utils.progress(epochs, f"fold {fold}", leave=False):
         if state.n_stale_epochs >= args.patience:
             break
         start = time.perf_counter()
         utils.seed_everything(args.seed, fold, epoch)
-        train_loader.sampler.generator.manual_seed(utils.derived_seed(args.seed, fold, epoch))
-        losses = train_epoch(model, train_loader, criterion, optimizer, device)
-        train_loss = mean_loss(losses, train_loader, fold, epoch)
-        valid_loss, valid_accuracy = validate(model, val_loader, device, fold, epoch)
+        loaders["train"].batch_sampler.seed(utils.derived_seed(args.seed, fold, epoch))
+        losses = train_epoch(network, loaders["train"], criterion, optimizer, device)
+        train_loss = metrics.mean_loss(team.mean(losses), n_train, args.batch, fold, epoch)
+        valid_loss, valid_accuracy = validate(model, loaders["val"], device, team, fold, epoch)
         epoch_record = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -223,17 +157,19 @@ def train_fold(
             "seconds": time.perf_counter() - start,
         }
         is_best = state.update(epoch_record, model, args.delta)
-        log_epoch(fold, epoch_record, is_best)
-        content = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)
-        }  # fmt: skip
-        files.save_torch(checkpoint_path, content)
+        if team.leads:
+            log_epoch(fold, epoch_record, is_best)
+            fold_state.save_fold(checkpoint_path, model, optimizer, state)
 
     model.load_state_dict(state.best_weights)
-    predictions = predictions_of(cohort, fold, *predict(model, test_loader, device))
-    warn_about_nonfinite(fold, train_loader, val_loader, test_loader)
-    write_fold(args.outpath, fold, state, predictions)
-    checkpoint_path.unlink(missing_ok=True)
+    predictions = metrics.predictions_of(
+        cohort.table["path"], fold, *predict(model, loaders["test"], device, team)
+    )
+    warn_about_nonfinite(fold, team, *loaders.values())
+    if team.leads:
+        fold_state.write_fold(args.outpath, fold, state, predictions)
+        checkpoint_path.unlink(missing_ok=True)
+    team.wait()
 
 
 def log_epoch(fold: int, epoch_record: dict, is_best: bool) -> None:
@@ -244,46 +180,78 @@ def log_epoch(fold: int, epoch_record: dict, is_best: bool) -> None:
     )  # fmt: skip
 
 
-def warn_about_nonfinite(fold: int, *loaders: DataLoader) -> None:
+def warn_about_nonfinite(fold: int, team: Team, *loaders: DataLoader) -> None:
     """Say once a fold how many voxels were NaN or infinite."""
     counts = torch.cat([loader.dataset.n_nonfinite for loader in loaders])
-    if counts.any():
+    counts = torch.stack(team.gathered(counts)).amax(0)
+    if counts.any() and team.leads:
         log.warning(
             "fold %d: %d non-finite voxels in %d scans were set to 0",
             fold, int(counts.sum()), int((counts > 0).sum()),
         )  # fmt: skip
 
 
-def predictions_of(
-    cohort: dataset.Cohort,
-    fold: int,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
-) -> pd.DataFrame:
-    """Return a fold's predictions, one row a test scan."""
-    return pd.DataFrame(
-        {
-            "path": cohort.table["path"].iloc[rows.numpy()].to_numpy(),
-            "label": labels.numpy(),
-            "fold": fold,
-            "probability": torch.softmax(logits.double(), 1)[:, 1].numpy(),
-            "predicted": logits.argmax(1).numpy(),
-        }
-    )
+@contextlib.contextmanager
+def only_worker(args: argparse.Namespace, fold: int, team: Team) -> Iterator[bool]:
+    """Hold a fold's lock; yield whether the fold is still to be trained.
 
-
-def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:
-    """Write a fold's files; the predictions come last and say that it is finished."""
-    history = pd.DataFrame(state.history)
-    files.save_torch(outpath / f"state_dict_f{fold}.pth", state.best_weights)
-    files.write_npy(outpath / f"train_loss_f{fold}.npy", history["train_loss"])
-    files.write_npy(outpath / f"valid_loss_f{fold}.npy", history["valid_loss"])
-    files.write_csv(outpath / f"history_f{fold}.csv", history)
-    files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)
+    Raises
+    ------
+    RunError
+        If memory does not suffice.
+    """
+    lock = one_writer(args.outpath, RUN.lock_name(fold))
+    with lock if team.leads else contextlib.nullcontext():
+        try:
+            yield team.gathered(not fold_state.is_finished(args.outpath, fold))[0]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"out of memory in fold {fold}: use less than --batch {args.batch} ({reason})"
+            ) from None
 
 
 # All folds
+
+
+def unfinished_folds(args: argparse.Namespace) -> list[int]:
+    """Return the folds that are to be trained here and have not been tested yet."""
+    wanted = range(args.fold) if args.only_fold is None else [args.only_fold]
+    return [fold for fold in wanted if not fold_state.is_finished(args.outpath, fold)]
+
+
+def open_cache(
+    args: argparse.Namespace, cohort: dataset.Cohort, folder: Path
+) -> contextlib.AbstractContextManager[Volumes | None]:
+    """Return a block in which the cohort's scaled volumes are at hand, or None with --no-cache."""
+    if args.no_cache:
+        return contextlib.nullcontext()
+    return volume_cache.opened(cohort, folder, args.workers)
+
+
+def start_run(
+    args: argparse.Namespace, cohort: dataset.Cohort, device: torch.device, cache_folder: Path
+) -> tuple[dict, pd.DataFrame, list[int]]:
+    """Draw the folds, or take up the run that is there; return record, splits and folds to train.
+
+    Raises
+    ------
+    InputError
+        If the folds cannot be drawn, the run that is there has other options, or the disk is too
+        small for the decoded scans.
+    """
+    if args.only_fold is not None and args.only_fold >= args.fold:
+        raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {args.fold - 1}")
+    splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
+    record = runs.new_record(args, cohort, "train_cv.py", args.model)
+    record["device"] = utils.describe_device(device)
+    _, is_new = runs.open_run(args, cohort, record, RUN)
+    if not args.no_cache and (is_new or unfinished_folds(args)):
+        volume_cache.check_room(cohort, cache_folder)
+    record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    return record, splits, unfinished_folds(args)
 
 
 def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
@@ -298,12 +266,30 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
     return table
 
 
+def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> None:
+    """Put the folds together, if all are finished, and print the metrics."""
+    missing = [fold for fold in range(args.fold) if not fold_state.is_finished(args.outpath, fold)]
+    if missing:
+        log.info("folds still to be trained: %s", missing)
+        return
+    with one_writer(args.outpath, "assemble_run", wait=True):
+        table = assemble(args, cohort)
+        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+    print(table.to_string(index=False, float_format="%.3f"))
+
+
+def log_name(args: argparse.Namespace) -> str:
+    """Return the name of the log, which job arrays have one of for each fold."""
+    return "train_cv.log" if args.only_fold is None else f"train_cv_f{args.only_fold}.log"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     utils.add_cohort_options(parser)
     utils.add_device_option(parser)
+    utils.add_cache_option(parser)
     option = parser.add_argument
     # fmt: off
     option("--model", required=True, metavar="NAME", help=f"one of: {', '.join(models.MODELS)}")
@@ -322,6 +308,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="processes that read scans; 0: the main process reads")
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="train this fold only; whoever finishes the last one puts all together")
+    option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
     return parser.parse_args(argv)
@@ -332,32 +319,30 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     device = utils.select_device(args.device)
     cohort = dataset.read_cohort(args.path)
-    models.build_model(
-        args.model, cohort.volume_shape
-    )  # says what is wrong before anything is written
-    splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    record = runs.new_record(args, cohort, "train_cv.py", args.model)
-    record["device"] = utils.describe_device(device)
+    models.build_model(args.model, cohort.volume_shape)  # says what is wrong before writing
+    cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
 
-    record, splits = runs.start_run(args, cohort, record, RUN, splits)
-    utils.start_log(args.outpath / "train_cv.log")
+    record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, device, cache_folder))
+    utils.start_log(args.outpath / log_name(args))
     log.info(
-        "%d scans of %s voxels on %s",
-        len(cohort.table),
-        cohort.volume_shape,
-        utils.describe_device(device),
-    )
-    with logging_redirect_tqdm([log]):
-        for fold in tqdm(range(args.fold), "folds", disable=None):
-            if (args.outpath / f"predictions_f{fold}.csv").is_file():
-                log.info("fold %d is finished already", fold)
-                continue
-            train_fold(args, cohort, splits[f"fold_{fold}"], fold, device)
+        "%d scans of %s voxels on %s; folds to train: %s",
+        len(cohort.table), cohort.volume_shape, utils.describe_device(device), todo or "none",
+    )  # fmt: skip
+    mine, team = teams.assign_folds(todo)
+    if mine:
+        with logging_redirect_tqdm([log]), open_cache(args, cohort, cache_folder) as cached:
+            for fold in utils.progress(mine, "folds"):
+                with only_worker(args, fold, team) as is_unfinished:
+                    if is_unfinished:
+                        parts = splits[f"fold_{fold}"]
+                        train_fold(args, cohort, parts, fold, device, cached, team)
 
-    table = assemble(args, cohort)
-    files.write_json(args.outpath / "run.json", record | {"end": utils.now()})
-    print(table.to_string(index=False, float_format="%.3f"))
+    ranks.wait_for_all()
+    volume_cache.remove(cache_folder)
+    if ranks.is_first():
+        finish(args, cohort, record)
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main, parse_args()))
+    advice = "Every whole epoch is kept: the same command goes on after the last one."
+    sys.exit(utils.run_script(main, parse_args(), advice))

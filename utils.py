@@ -111,6 +111,15 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add --cache-dir."""
+    parser.add_argument(
+        "--cache-dir", type=Path, default=None, metavar="DIR",
+        help="where the scaled scans lie while this runs (4 bytes a voxel), best on a local disk; "
+        "runs on the same scans share them; left out: below --outpath",
+    )  # fmt: skip
+
+
 def select_device(name: str | None) -> torch.device:
     """Return the torch device that `--device` asks for.
 
@@ -209,6 +218,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+def check_outpath(outpath: Path) -> None:
+    """Refuse an output folder that is a file, before anything is written."""
+    if outpath.exists() and not outpath.is_dir():
+        raise InputError(f"--outpath {outpath} cannot be used as a folder: it is a file")
+
+
 def make_outpath(outpath: Path) -> Path:
     """Create the output folder.
 
@@ -223,6 +238,6 @@ def make_outpath(outpath: Path) -> Path:
             pass
     except OSError as error:
         raise InputError(
-            f"--outpath {outpath} cannot be used as a folder to write in: {error.strerror}"
+            f"--outpath {outpath} cannot be used as a folder: {error.strerror}"
         ) from None
     return outpath

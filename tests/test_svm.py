@@ -73,7 +73,7 @@ def test_means_and_files(svm_path):
         found = load(svm_path / f"SVM_{name}_all.nii.gz")
         assert np.abs(found - np.mean(fold_maps, axis=0)).max() < 1e-6 * np.abs(found).max()
         assert (svm_path / f"SVM_{name}_all.png").is_file()
-    assert not (svm_path / svm.CACHE_NAME).exists()
+    assert not list(svm_path.glob(".cache-*"))
     assert nib.load(svm_path / "SVM_weights_all.nii.gz").shape == SHAPE
 
 

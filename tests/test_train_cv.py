@@ -15,8 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 import dataset
 import files
+import metrics
 import models
 import scan_files
+import teams
 import train_cv
 import utils
 
@@ -172,7 +174,7 @@ def test_early_stopping(
     """Fed with given validation losses, a fold stops and keeps its weights when it should."""
     weights_after = []
 
-    def given_loss(model, loader, device, fold, epoch):
+    def given_loss(model, loader, device, team, fold, epoch):
         weights_after.append({k: v.clone() for k, v in model.state_dict().items()})
         return losses[epoch - 1], 0.5
 
@@ -183,18 +185,17 @@ def test_early_stopping(
     )  # fmt: skip
     cohort = dataset.read_cohort(cohort_csv)
     parts = pd.Series(["train", "train", "val", "test"] * (N_SCANS // 4))
-    train_cv.train_fold(args, cohort, parts, 0, torch.device("cpu"))
+    train_cv.train_fold(args, cohort, parts, 0, torch.device("cpu"), None, teams.Team())
     assert len(np.load(tmp_path / "valid_loss_f0.npy")) == n_epochs
     saved = files.load_torch(tmp_path / "state_dict_f0.pth")
     expected = weights_after[best_epoch - 1]
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
 
-def test_train_loss_is_the_mean_per_scan(cohort_csv):
+def test_train_loss_is_the_mean_per_scan():
     """A smaller last batch counts by its scans."""
-    loader = torch.utils.data.DataLoader(range(7), batch_size=3)
     losses = torch.tensor([1.0, 2.0, 7.0])
-    assert train_cv.mean_loss(losses, loader, 0, 1) == pytest.approx((3 * 1 + 3 * 2 + 7) / 7)
+    assert metrics.mean_loss(losses, 7, 3, 0, 1) == pytest.approx((3 * 1 + 3 * 2 + 7) / 7)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):

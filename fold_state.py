@@ -1,0 +1,84 @@
+"""What a fold in training keeps: its state, a checkpoint an epoch, its files at the end."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+import files
+
+
+@dataclass
+class FoldState:
+    """All that continuing a fold needs, besides the weights in the model and the optimiser.
+
+    Attributes
+    ----------
+    history : list of dict
+        One an epoch: epoch, train_loss, valid_loss, valid_accuracy, seconds.
+    best_loss : float
+        Validation loss of the best epoch so far.
+    best_weights : dict
+        Its state dict, on the CPU.
+    n_stale_epochs : int
+        Epochs in a row without a new best.
+    """
+
+    history: list[dict] = field(default_factory=list)
+    best_loss: float = float("inf")
+    best_weights: dict = field(default_factory=dict)
+    n_stale_epochs: int = 0
+
+    def update(self, epoch_record: dict, model: nn.Module, delta: float) -> bool:
+        """Take in an epoch; return whether it is the best so far."""
+        is_best = not self.history or epoch_record["valid_loss"] < self.best_loss - delta
+        self.history.append(epoch_record)
+        self.n_stale_epochs = 0 if is_best else self.n_stale_epochs + 1
+        if is_best:
+            self.best_loss = epoch_record["valid_loss"]
+            self.best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+        return is_best
+
+
+def checkpoint_path_of(outpath: Path, fold: int) -> Path:
+    """Return where a fold's checkpoint is while the fold is unfinished."""
+    return outpath / f"checkpoint_f{fold}.pt"
+
+
+def save_fold(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: FoldState
+) -> None:
+    """Write all that `restore_fold` needs."""
+    content = {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)
+    }  # fmt: skip
+    files.save_torch(path, content)
+
+
+def restore_fold(
+    checkpoint_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> FoldState:
+    """Return a fold's state, with its weights put back, or a fresh state if it never began."""
+    if not checkpoint_path.is_file():
+        return FoldState()
+    checkpoint = files.load_torch(checkpoint_path)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return FoldState(**checkpoint["state"])
+
+
+def is_finished(outpath: Path, fold: int) -> bool:
+    """Tell whether a fold has been tested: its predictions are what is written last."""
+    return (outpath / f"predictions_f{fold}.csv").is_file()
+
+
+def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:
+    """Write a fold's files; the predictions come last and say that it is finished."""
+    history = pd.DataFrame(state.history)
+    files.save_torch(outpath / f"state_dict_f{fold}.pth", state.best_weights)
+    files.write_npy(outpath / f"train_loss_f{fold}.npy", history["train_loss"])
+    files.write_npy(outpath / f"valid_loss_f{fold}.npy", history["valid_loss"])
+    files.write_csv(outpath / f"history_f{fold}.csv", history)
+    files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)

@@ -1,0 +1,97 @@
+"""How scans come in batches: loaders, a process's share of each batch, and faults of readers."""
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)  # fmt: skip
+
+from dataset import ScanDataset
+from errors import RunError
+from teams import Team
+
+
+class ShareOfBatches:
+    """A team member's share of each batch of a sampler: every size-th scan of it."""
+
+    def __init__(self, batches: BatchSampler, team: Team):
+        self.batches, self.team = batches, team
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.team.index :: self.team.size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def seed(self, seed: int) -> None:
+        """Say which order the batches are to be drawn in next."""
+        self.batches.sampler.generator.manual_seed(seed)
+
+
+class CollateShare:
+    """Collate a share of a batch, which may hold no scan at all."""
+
+    def __init__(self, volume_shape: tuple[int, int, int]):
+        self.volume_shape = volume_shape
+
+    def __call__(self, scans: list[tuple]) -> list[Tensor]:
+        if scans:
+            return default_collate(scans)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return [torch.zeros(0, 1, *self.volume_shape), nothing, nothing]
+
+
+def training_loader(
+    scans: ScanDataset, batch: int, shuffle: bool, n_workers: int,
+    volume_shape: tuple[int, int, int], device: torch.device, team: Team,
+) -> DataLoader:  # fmt: skip
+    """Return a loader of this team member's share of batches of scans.
+
+    The order has a generator of its own, and so has what the loader draws for its workers:
+    their number changes no result.
+    """
+    shuffled = RandomSampler(scans, generator=torch.Generator())
+    batches = BatchSampler(shuffled if shuffle else SequentialSampler(scans), batch, False)
+    return DataLoader(
+        scans,
+        batch_sampler=ShareOfBatches(batches, team),
+        collate_fn=CollateShare(volume_shape),
+        generator=torch.Generator(),
+        num_workers=n_workers,
+        persistent_workers=n_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+    )
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which stops its reading processes itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(loader: DataLoader) -> Iterator:
+    """Iterate over a loader's batches.
+
+    Raises
+    ------
+    RunError
+        If a scan cannot be read, in one sentence also from a reading process; or if such a process
+        was killed.
+    """
+    try:
+        yield from loader
+    except RunError as error:  # torch hands on a reading process's whole traceback
+        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(f"a process that reads scans was killed, as for memory: {reason}") from None
