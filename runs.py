@@ -13,6 +13,7 @@ from utils import InputError
 
 RESULT_OPTIONS = (  # other options may differ when a run is continued
     "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
+    "precision",
 )  # fmt: skip
 FOLD_FILES = ("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv")
 

@@ -115,17 +115,19 @@ def make_loader(
 
 def train_epoch(
     model: nn.Module, loader: DataLoader, criterion: nn.Module, optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    device: torch.device, precision: str,
 ) -> torch.Tensor:  # fmt: skip
     """Train for one epoch; return the loss of each batch, shape (n_batches,)."""
+    in_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     model.train()
     losses = []
     for volumes, labels, _ in tqdm(loader, "training", unit="batch", leave=False, disable=None):
         volumes = volumes.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        logits = model(volumes)
-        loss = criterion(logits, labels)
+        with in_bf16:
+            logits = model(volumes)
+            loss = criterion(logits, labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -210,7 +212,7 @@ def train_fold(
         start = time.perf_counter()
         utils.seed_everything(args.seed, fold, epoch)
         train_loader.sampler.generator.manual_seed(utils.derived_seed(args.seed, fold, epoch))
-        losses = train_epoch(model, train_loader, criterion, optimizer, device)
+        losses = train_epoch(model, train_loader, criterion, optimizer, device, args.precision)
         train_loss = mean_loss(losses, train_loader, fold, epoch)
         valid_loss, valid_accuracy = validate(model, val_loader, device, fold, epoch)
         epoch_record = {
@@ -333,6 +335,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="share of a fold's other scans that validate")
     option("--workers", type=number(int, at_least=0), default=min(MAX_WORKERS, os.cpu_count() // 2),
            help="processes that read scans; 0: the main process reads")
+    option("--precision", choices=utils.PRECISIONS, default="fp32",
+           help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
+           "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
     option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
@@ -343,6 +348,7 @@ def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
     device = utils.select_device(args.device)
+    utils.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path)
     models.build_model(
         args.model, cohort.volume_shape
