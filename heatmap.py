@@ -305,6 +305,7 @@ def main(args: argparse.Namespace) -> None:
     """Explain every fold's scans, then put the folds together."""
     utils.start_log()
     device = utils.select_device(args.device)
+    utils.set_precision("fp32")
     cohort = dataset.read_cohort(args.path)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     plan = trained_run.plan_folds(args, cohort)

@@ -62,6 +62,7 @@ RUN = runs.RunKind(
     record_name="run.json",
     options=(
         "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
+        "precision",
     ),
     fold_files=("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"),
 )  # fmt: skip
@@ -72,9 +73,10 @@ RUN = runs.RunKind(
 
 def train_epoch(
     model: nn.Module, loader: DataLoader, criterion: nn.Module, optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    device: torch.device, precision: str,
 ) -> torch.Tensor:  # fmt: skip
     """Train for one epoch; return the loss of each batch, shape (n_batches,)."""
+    in_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     model.train()
     losses = []
     batches = loading.batches(loader)
@@ -82,8 +84,9 @@ def train_epoch(
         volumes = volumes.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        logits = model(volumes)
-        loss = criterion(logits, labels)
+        with in_bf16:
+            logits = model(volumes)
+            loss = criterion(logits, labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -111,7 +114,7 @@ def predict(
 def validate(
     model: nn.Module, loader: DataLoader, device: torch.device, team: Team, fold: int, epoch: int
 ) -> tuple[float, float]:
-    """Return the mean validation loss per scan and the accuracy; a non-finite loss stops the run."""
+    """Return the mean validation loss per scan and accuracy; a non-finite loss stops the run."""
     logits, labels, _ = predict(model, loader, device, team)
     loss = float(nn.functional.cross_entropy(logits.double(), labels))
     if not np.isfinite(loss):
@@ -146,7 +149,9 @@ def train_fold(
         start = time.perf_counter()
         utils.seed_everything(args.seed, fold, epoch)
         loaders["train"].batch_sampler.seed(utils.derived_seed(args.seed, fold, epoch))
-        losses = train_epoch(network, loaders["train"], criterion, optimizer, device)
+        losses = train_epoch(
+            network, loaders["train"], criterion, optimizer, device, args.precision
+        )
         train_loss = metrics.mean_loss(team.mean(losses), n_train, args.batch, fold, epoch)
         valid_loss, valid_accuracy = validate(model, loaders["val"], device, team, fold, epoch)
         epoch_record = {
@@ -308,6 +313,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="processes that read scans; 0: the main process reads")
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="train this fold only; whoever finishes the last one puts all together")
+    option("--precision", choices=utils.PRECISIONS, default="fp32",
+           help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
+           "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
     option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
@@ -318,6 +326,7 @@ def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
     device = utils.select_device(args.device)
+    utils.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path)
     models.build_model(args.model, cohort.volume_shape)  # says what is wrong before writing
     cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import ranks
 from errors import InputError, RunError, Stopped, stoppable
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
 
 log = logging.getLogger("heatmaps")
@@ -155,6 +156,19 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def set_precision(name: str) -> None:
+    """Let convolutions and matrix products of float32 round to TF32 on a GPU, or keep them exact.
+
+    Parameters
+    ----------
+    name : str
+        "tf32", or "fp32" or "bf16": both keep float32 exact where it is used.
+    """
+    rounding = "tf32" if name == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = rounding
+    torch.backends.cudnn.conv.fp32_precision = rounding
 
 
 # Seeds and logs

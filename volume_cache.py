@@ -25,7 +25,18 @@ POLL_SECONDS = 0.2
 
 
 def locate(cohort: Cohort, outpath: Path, cache_dir: Path | None) -> Path:
-    """Return the folder of a cohort's cache on this host, below --cache-dir or else --outpath."""
+    """Return the folder of a cohort's cache on this host, below --cache-dir or else --outpath.
+
+    Raises
+    ------
+    InputError
+        If --cache-dir is no folder that can be written to.
+    """
+    if cache_dir is not None:
+        with contextlib.suppress(OSError):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        if not (cache_dir.is_dir() and os.access(cache_dir, os.W_OK)):
+            raise InputError(f"--cache-dir {cache_dir} cannot be used as a folder to write to")
     host = socket.gethostname()
     facts = [host, *map(str, cohort.volume_shape), *cohort.table["file"]]
     key = hashlib.sha256("\0".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -38,11 +49,9 @@ def check_room(cohort: Cohort, folder: Path) -> None:
     Raises
     ------
     InputError
-        If it does not, or if the folder cannot be made.
+        If it does not.
     """
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"no folder can be made in {parent}: give another --cache-dir")
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
     n_missing = len(volume_file.stale_rows(cohort, volume_file.read_index(cohort, folder)))
     n_bytes = n_missing * volume_file.bytes_of_scan(cohort)
     n_free = shutil.disk_usage(parent).free

@@ -328,6 +328,7 @@ def test_outpath_is_a_file(cohort_csv, modelpath, tmp_path, refusal):
         ("--patience", "3", "10"),
         ("--val-fraction", "0.3", "0.2"),
         ("--seed", "1", "0"),
+        ("--precision", "bf16", "fp32"),
         ("--wd", "0.5", "0.0001"),
         ("--delta", "0.5", "0.0"),
     ],
