@@ -1,6 +1,5 @@
-"""The cohort: its CSV, the checks on it, and the dataset that reads its scans."""
+"""The cohort: its scans, the checks on them, and the dataset that reads them."""
 
-import csv
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from nibabel.spatialimages import SpatialImage
 from torch.utils.data import Dataset
 
+import csv_rows
 import ranks
 import scan_files
 from errors import InputError
@@ -22,9 +22,8 @@ from utils import log, progress
 if TYPE_CHECKING:
     from volume_file import Volumes
 
-LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".img.gz", ".hdr.gz", ".mgz", ".mgh", ".mnc")
 AFFINE_TOLERANCE_MM = 1e-3
+FORMS_TOLERANCE_MM = 0.1  # between sform and qform, anywhere in the volume
 MAX_PROBLEMS_SHOWN = 20
 N_CHECK_THREADS = 8
 
@@ -51,79 +50,6 @@ class Cohort:
     def subjects(self) -> pd.Series | None:
         """Subject of each scan, None where the CSV has no such column."""
         return self.table.get("subject")
-
-
-# The CSV
-
-
-def read_rows(csv_path: Path) -> list[tuple[int, list[str]]]:
-    """Return the CSV's rows as (line number, cells), without header row and empty lines."""
-    try:
-        with csv_path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except FileNotFoundError:
-        raise InputError(f"there is no CSV file {csv_path}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{csv_path} cannot be read as a CSV file: {error}") from None
-    rows = [(line, cells) for line, cells in rows if any(cells)]
-    if rows and is_header(rows[0][1]):
-        del rows[0]
-    if not rows:
-        raise InputError(f"{csv_path} lists no scan")
-    return rows
-
-
-def is_header(cells: list[str]) -> bool:
-    """Tell whether the first row names columns instead of a scan."""
-    has_label = len(cells) > 1 and cells[1] in LABELS
-    return not has_label and not cells[0].lower().endswith(IMAGE_SUFFIXES)
-
-
-def find_file(text: str, csv_path: Path) -> Path | None:
-    """Look a path up from the CSV's folder, then from the working directory."""
-    try:
-        path = Path(text).expanduser()
-        for candidate in (csv_path.parent / path, path):
-            if candidate.is_file():
-                return candidate.resolve()
-    except (OSError, RuntimeError):  # a name too long, a folder not ours, an unknown ~user
-        return None
-    return None
-
-
-def parse_rows(rows: list[tuple[int, list[str]]], csv_path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Return the scans that the rows name, with their line, and the problems found."""
-    has_subjects = any(len(cells) > 2 and cells[2] for _, cells in rows)
-    scans, problems, line_of_file = [], [], {}
-    for line, cells in rows:
-        if len(cells) < 2:
-            problems.append(
-                f"row {line}: needs a path and a label separated by a comma, got {cells[0]!r}"
-            )
-            continue
-        label = LABELS.get(cells[1])
-        if label is None:
-            problems.append(f"row {line}: label must be 0 or 1, got {cells[1]!r}")
-        subject = cells[2] if has_subjects and len(cells) > 2 else ""
-        if has_subjects and not subject:
-            problems.append(f"row {line}: the subject is empty while other rows have one")
-        file = find_file(cells[0], csv_path)
-        if file is None:
-            problems.append(f"row {line}: there is no file {cells[0]!r}")
-            continue
-        if file in line_of_file:
-            problems.append(
-                f"row {line}: {cells[0]!r} is listed already, in row {line_of_file[file]}"
-            )
-            continue
-        line_of_file[file] = line
-        scans.append(
-            {"path": cells[0], "file": str(file), "label": label, "subject": subject, "line": line}
-        )
-    columns = ["path", "file", "label", "subject", "line"]
-    table = pd.DataFrame(scans, columns=columns)
-    return table if has_subjects else table.drop(columns="subject"), problems
 
 
 # The scans' headers, compared
@@ -155,7 +81,20 @@ def check_scans(table: pd.DataFrame) -> tuple[SpatialImage | None, list[str]]:
                 f"row {row.line}: {row.path} has another affine than {like_img.get_filename()}:\n"
                 f"{img.affine}\ninstead of\n{like_img.affine}"
             )
+    if not problems:
+        warn_about_forms([(row.path, img) for row, img in good])
     return like_img, problems
+
+
+def warn_about_forms(scans: list[tuple[str, SpatialImage]]) -> None:
+    """Say once in how many scans sform and qform contradict each other."""
+    apart_mm = {path: scan_files.forms_apart_mm(img) for path, img in scans}
+    apart_mm = {path: mm for path, mm in apart_mm.items() if not mm <= FORMS_TOLERANCE_MM}
+    if apart_mm:
+        log.warning(
+            "sform and qform place voxels of %d of %d scans up to %.3g mm apart; the sform is used "
+            "(first: %s)", len(apart_mm), len(scans), max(apart_mm.values()), next(iter(apart_mm)),
+        )  # fmt: skip
 
 
 def space_of(img: SpatialImage) -> tuple:
@@ -190,7 +129,7 @@ def read_cohort(csv_path: Path) -> Cohort:
 
 def check_cohort(csv_path: Path) -> tuple[pd.DataFrame, str]:
     """Return the cohort's table and the file of its first scan, or raise what is wrong."""
-    table, problems = parse_rows(read_rows(csv_path), csv_path)
+    table, problems = csv_rows.parse_rows(csv_rows.read_rows(csv_path), csv_path)
     like_img, scan_problems = check_scans(table)
     problems += scan_problems
     if problems:

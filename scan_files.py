@@ -1,23 +1,32 @@
 """One scan: what its header says, whether it is whole, its voxels scaled to [0, 1]."""
 
+import math
 import os
 import zlib
 from pathlib import Path
+from xml.parsers.expat import ExpatError
 
 import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.brikhead import AFNIHeaderError, AFNIImageError
+from nibabel.cifti2 import Cifti2HeaderError
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from errors import RunError
 
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
-READ_ERRORS = (  # ImportError: MINC 2 needs h5py
-    OSError, EOFError, ValueError, ImportError, zlib.error, ImageFileError, HeaderDataError,
-    PARRECError, AFNIImageError, AFNIHeaderError,
+DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
+MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
+MAX_EXTENSION_BYTES = 16 * 2**20  # of a NIfTI header, all together
+CHUNK_BYTES = 2**20
+READ_ERRORS = (  # what nibabel lets through on damaged headers; ImportError: MINC 2 needs h5py
+    OSError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+    ImportError, MemoryError, zlib.error, ExpatError, ImageFileError, HeaderDataError, PARRECError,
+    AFNIImageError, AFNIHeaderError, Cifti2HeaderError,
 )  # fmt: skip
 
 
@@ -32,23 +41,72 @@ def volume_shape_of(img: SpatialImage) -> tuple[int, ...]:
     return shape
 
 
+def capacity(path: Path) -> float:
+    """Return how many bytes a file can hold at most once it is decompressed."""
+    return path.stat().st_size * MAX_RATIOS.get(path.suffix.lower(), 1)
+
+
+def check_extensions(file: str) -> None:
+    """Refuse NIfTI extensions longer than their file, which nibabel would set memory aside for."""
+    try:
+        path = Path(nib.Nifti1Pair.filespec_to_file_map(file)["header"].filename)
+        is_single = False
+    except ImageFileError:
+        path, is_single = Path(file), True
+    with ImageOpener(path) as opened:
+        head = opened.read(nib.Nifti2Header.sizeof_hdr)
+        kinds = (nib.Nifti1Header, nib.Nifti2Header)
+        kind = next((kind for kind in kinds if kind.may_contain_header(head)), None)
+        if kind is None:
+            return
+        header = kind(head[: kind.sizeof_hdr], check=False)
+        integer = np.dtype(np.int32).newbyteorder(header.endianness)
+        opened.seek(kind.sizeof_hdr)
+        if opened.read(4)[:1] in (b"", b"\0"):
+            return
+        end = min(capacity(path), MAX_EXTENSION_BYTES)
+        n_left = float(header["vox_offset"]) - opened.tell() if is_single else -1.0
+        while n_left >= 16 or n_left < 0:  # as nibabel counts: below 0 is to the end
+            definition = opened.read(8)
+            if len(definition) < 8:
+                return
+            n_bytes = int(np.frombuffer(definition, integer)[0])
+            if not 8 <= n_bytes <= end - opened.tell() + 8:
+                raise HeaderDataError(f"a header extension claims {n_bytes} bytes")
+            opened.seek(n_bytes - 8, os.SEEK_CUR)
+            n_left -= n_bytes
+
+
+def held_bytes(path: Path, n_bytes: int) -> int:
+    """Return how many bytes a compressed file really holds, counting no further than n_bytes."""
+    n_held = 0
+    with ImageOpener(path) as opened:
+        while n_held < n_bytes and (n_read := len(opened.read(CHUNK_BYTES))):
+            n_held += n_read
+    return n_held
+
+
 def is_truncated(img: SpatialImage, file: str) -> bool:
-    """Tell whether a file holds fewer bytes than its header says, from its size or last bytes."""
+    """Tell whether a file holds fewer bytes than its header says; only that much is ever read."""
     proxy = img.dataobj
-    if not isinstance(proxy, ArrayProxy):
-        np.asanyarray(proxy)  # MINC, PAR/REC: only a full read can tell
+    path = Path(img.file_map["image"].filename or file)
+    n_bytes = math.prod(map(int, proxy.shape)) * img.get_data_dtype().itemsize
+    if not isinstance(proxy, ArrayProxy):  # MINC, PAR/REC: only a full read can tell
+        if n_bytes > capacity(path) * DEFLATE_RATIO:
+            return True
+        np.asanyarray(proxy)
         return False
-    n_bytes = proxy.offset + int(np.prod(proxy.shape)) * proxy.dtype.itemsize
-    data_path = Path(img.file_map["image"].filename or file)
-    if data_path.suffix not in (".gz", ".mgz"):
-        return data_path.stat().st_size < n_bytes
-    with data_path.open("rb") as compressed:
+    n_bytes += int(proxy.offset)
+    if n_bytes > capacity(path):
+        return True
+    if path.suffix.lower() not in MAX_RATIOS:
+        return False
+    with path.open("rb") as compressed:
         compressed.seek(-4, os.SEEK_END)
         n_bytes_at_end = int.from_bytes(compressed.read(4), "little")  # RFC 1952: size mod 2³²
-    if n_bytes_at_end == n_bytes % 2**32:
+    if path.suffix.lower() != ".bz2" and n_bytes_at_end == n_bytes % 2**32:
         return False
-    np.asanyarray(proxy)  # several gzip members, or trailing bytes: only a full read can tell
-    return False
+    return held_bytes(path, n_bytes) < n_bytes  # several gzip members, bytes after the end, bzip2
 
 
 def has_contrast(img: SpatialImage) -> bool:
@@ -67,9 +125,35 @@ def has_contrast(img: SpatialImage) -> bool:
     return False
 
 
-def check_scan(file: str) -> tuple[SpatialImage | None, str]:
-    """Return a scan's image (header only) and what is wrong with it ("" if nothing)."""
+def forms_apart_mm(img: SpatialImage) -> float:
+    """Return how far apart sform and qform place a voxel at most; 0 unless both are set."""
+    header = img.header
+    if not isinstance(header, nib.Nifti1Header):
+        return 0.0
+    if header["sform_code"] <= 0 or header["qform_code"] <= 0:
+        return 0.0
     try:
+        qform = header.get_qform()
+    except (HeaderDataError, ValueError):  # its quaternion is no rotation
+        return np.inf
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(volume_shape_of(img)) - 1)
+    apart = nib.affines.apply_affine(header.get_sform() - qform, corners)
+    return float(np.linalg.norm(apart, axis=1).max())
+
+
+def damage(error: BaseException) -> str:
+    """Return what an error while reading says of a file."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"is not a readable image, or damaged: {reason}"
+
+
+def open_scan(file: str) -> tuple[SpatialImage | None, str]:
+    """Return a whole 3D image (header only) and what is wrong with it ("" if nothing).
+
+    No more memory is set aside for it than its file, decompressed, can fill.
+    """
+    try:
+        check_extensions(file)
         img = nib.load(file)
         if not isinstance(img, SpatialImage):
             return None, f"is not a volume but a {type(img).__name__}"
@@ -81,13 +165,21 @@ def check_scan(file: str) -> tuple[SpatialImage | None, str]:
         if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-12:
             return None, "has an affine that cannot be inverted"
         if is_truncated(img, file):
-            return None, "is truncated: it holds fewer voxels than its header says"
-        if not has_contrast(img):
-            return None, "has no contrast: all its voxels have the same value"
+            return None, "is truncated or damaged: it holds fewer voxels than its header says"
     except READ_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"is not a readable image, or damaged: {reason}"
+        return None, damage(error)
     return img, ""
+
+
+def check_scan(file: str) -> tuple[SpatialImage | None, str]:
+    """Return a scan's image (header only) and what is wrong with it ("" if nothing)."""
+    img, problem = open_scan(file)
+    try:
+        if img is not None and not has_contrast(img):
+            img, problem = None, "has no contrast: all its voxels have the same value"
+    except READ_ERRORS as error:
+        img, problem = None, damage(error)
+    return img, problem
 
 
 # Volumes

@@ -17,7 +17,8 @@ from tqdm import tqdm
 import files
 import scan_files
 from dataset import Cohort
-from utils import RunError, log
+from errors import RunError
+from utils import log
 
 INDEX_ROW = np.dtype([("size", "i8"), ("mtime_ns", "i8"), ("n_nonfinite", "i8")])
 NOT_DECODED = np.array((-1, -1, 0), dtype=INDEX_ROW)

@@ -74,3 +74,9 @@ def run_path(cohort_csv, tmp_path_factory) -> Path:
     outpath = tmp_path_factory.mktemp("run")
     train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, outpath)))
     return outpath
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a folder with four scans, labels 0 1 0 1, that a test may spoil."""
+    return write_cohort(tmp_path / "cohort", 4).parent
