@@ -73,7 +73,7 @@ def start_methods(
 ) -> dict[str, dict]:
     """Take up each method's run in --outpath, or begin one; return their records."""
     record = runs.new_record(args, cohort, "heatmap.py", args.model)
-    record["checkpoints_sha256"] = {
+    record["modelpath_sha256"] = {
         fold.checkpoint_path.name: files.sha256(fold.checkpoint_path) for fold in plan
     }
     kinds = {method: kind_of(args, method) for method in args.method}
@@ -228,7 +228,7 @@ def write_sidecar(args: argparse.Namespace, method: str, table: pd.DataFrame, re
         "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
         "background": "mean_scan.nii.gz",
         "median_completeness_error": error,
-        "checkpoints_sha256": record["checkpoints_sha256"],
+        "checkpoints_sha256": record["modelpath_sha256"],
         "versions": utils.versions(),
     }
     path = args.outpath / f"{stem_of(args, method)}_map_all.json"
@@ -314,7 +314,7 @@ def main(args: argparse.Namespace) -> None:
         files.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
 
     records = ranks.from_first(lambda: start_methods(args, cohort, plan))
-    utils.start_log(args.outpath / "heatmap.log")
+    utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
     )

@@ -10,6 +10,7 @@ import pandas as pd
 
 import files
 import folds
+import scan_files
 import utils
 from dataset import Cohort
 from errors import InputError
@@ -65,8 +66,8 @@ def new_record(args: argparse.Namespace, cohort: Cohort, script: str, model: str
 
 def stamp_of(cohort: Cohort) -> str:
     """Return a hash of all scans' sizes and modification times."""
-    stats = [Path(file).stat() for file in cohort.table["file"]]
-    text = "".join(f"{stat.st_size} {stat.st_mtime_ns}\n" for stat in stats)
+    stamps = (scan_files.stamp(file) for file in cohort.table["file"])
+    text = "".join(f"{n_bytes} {time_ns}\n" for n_bytes, time_ns in stamps)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -108,8 +109,8 @@ def check_same_run(before: dict, record: dict, kind: RunKind, cohort: Cohort) ->
         differing.append(f"--path {now['path']} (its content has changed)")
     elif before.get("scans_sha256") != record["scans_sha256"]:
         differing.append(f"the scans have changed ({changed_since(cohort, before.get('start'))})")
-    if before.get("checkpoints_sha256") != record.get("checkpoints_sha256"):
-        differing.append(f"--modelpath {now['modelpath']} (its checkpoints have changed)")
+    if before.get("modelpath_sha256") != record.get("modelpath_sha256"):
+        differing.append(f"--modelpath {now['modelpath']} (its files have changed)")
     if differing:
         raise InputError(
             f"{now['outpath']} holds a run with other options: {'; '.join(differing)}. Choose "
@@ -131,9 +132,13 @@ def open_run(
         raise InputError("--overwrite starts a whole run anew: it does not go with --only-fold")
     utils.check_outpath(args.outpath)
     path = args.outpath / kind.record_name
-    if args.overwrite or not path.is_file():
+    before = files.read_json(path) if path.is_file() else None
+    if before and before.get("script") != record["script"]:
+        raise InputError(
+            f"{args.outpath} holds a run of {before.get('script')}: choose another --outpath"
+        )
+    if args.overwrite or before is None:
         return record, True
-    before = files.read_json(path)
     check_same_run(before, record, kind, cohort)
     return before, False
 

@@ -18,6 +18,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from errors import RunError
 
+HALVES = {".hdr": ".img", ".img": ".hdr", ".HEAD": ".BRIK", ".BRIK": ".HEAD"}  # of one image
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
 MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
@@ -219,3 +220,13 @@ def load_volume(file: str) -> tuple[np.ndarray, int]:
     if not (low < high and np.isfinite(high - low)):
         raise RunError(f"{file} cannot be scaled: its voxels range from {low:g} to {high:g}")
     return (raw_data - low) / (high - low), n_nonfinite
+
+
+def stamp(file: str) -> tuple[int, int]:
+    """Return a scan's size and time in ns; of an image in two files, of both."""
+    path = Path(file)
+    other_path = path.with_suffix(HALVES.get(path.suffix, path.suffix))
+    found = [path.stat()]
+    if other_path != path and other_path.is_file():
+        found.append(other_path.stat())
+    return sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)

@@ -8,7 +8,8 @@ decision, and are the ones to be read as anatomy.
 
 Every scan is decoded once, into one file of scaled volumes that is removed at the end (train_cv.py
 on the same scans shares it where --cache-dir is the same). That file is read twice, a range of
-voxels of all scans at a time, so memory does not grow with the cohort, but for the Gram matrix.
+voxels of all scans at a time, so memory grows little with the cohort, but for the Gram matrix.
+Folds that are finished are not fitted again; --only-fold and torchrun work as for train_cv.py.
 
 Written to --outpath: SVM_weights_f*.nii.gz, SVM_pattern_f*.nii.gz and their means *_all.nii.gz with
 .json, .png and .html beside them, predictions.csv, metrics.csv, splits.csv, run.json, roc.png,
@@ -16,143 +17,48 @@ mean_scan.nii.gz and svm.log.
 """
 
 import argparse
+import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from sklearn.svm import SVC
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataset
 import files
+import fold_state
 import folds
+import linear_svm
+import map_files
 import metrics
 import pictures
+import ranks
 import report
 import runs
 import utils
 import volume_cache
 from errors import InputError
+from linear_svm import FoldFit
+from locks import one_writer
 from utils import log
 from volume_file import Volumes
 
 C = 1.0
 N_FOLDS = 5
 VAL_FRACTION = 0.2
-BLOCK_BYTES = (
-    128 * 2**20
-)  # of float32 voxels held at a time; float64 copies make it three times that
-TOLERANCE = 1e-9  # of the optimiser; weights are then good to a millionth of their maximum
 MAPS = ("weights", "pattern")
 
-
-@dataclass(frozen=True)
-class FoldFit:
-    """One fold's fitted SVM in terms of the scans.
-
-    Attributes
-    ----------
-    weight_coefficients : array, shape (n_scans,)
-        w = Σ_i of these times scan i; 0 for scans that are no support vectors.
-    pattern_coefficients : array, shape (n_scans,)
-        A = Σ_i of these times scan i.
-    decisions : array, shape (n_scans,)
-        Signed distance from the decision border, in units of the margin, of every scan.
-    """
-
-    weight_coefficients: np.ndarray
-    pattern_coefficients: np.ndarray
-    decisions: np.ndarray
+RUN = runs.RunKind(
+    record_name="run.json",
+    options=("C", "fold", "val_fraction", "seed"),
+    fold_files=("predictions*.csv", "SVM_*"),
+)
 
 
-# The SVM in terms of the Gram matrix
-
-
-def voxel_ranges(volumes: Volumes) -> list[tuple[int, int]]:
-    """Return the ranges of voxels that fit the block size with all scans."""
-    n_at_once = max(1, BLOCK_BYTES // (4 * volumes.n_scans))
-    starts = range(0, volumes.n_voxels, n_at_once)
-    return [(start, min(start + n_at_once, volumes.n_voxels)) for start in starts]
-
-
-def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Gram matrix of all scans and their mean.
-
-    Returns
-    -------
-    gram : float64 array, shape (n_scans, n_scans)
-        Inner products after subtracting the mean of all scans.
-    mean : float32 array, shape (n_voxels,)
-    """
-    gram = np.zeros((volumes.n_scans, volumes.n_scans))
-    mean = np.empty(volumes.n_voxels, dtype=np.float32)
-    for start, stop in tqdm(voxel_ranges(volumes), "Gram matrix", unit="block", disable=None):
-        block = volumes.read(start, stop).astype(np.float64)
-        mean[start:stop] = block.mean(0)
-        block -= block.mean(0)
-        gram += block @ block.T
-    return gram, mean
-
-
-def centred_on(gram: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the Gram matrix after moving the origin to the mean of these rows' scans."""
-    row_means = gram[:, rows].mean(1)
-    return gram - row_means[:, None] - row_means[None, :] + row_means[rows].mean()
-
-
-def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: float) -> FoldFit:
-    """Fit a fold's SVM on its training scans.
-
-    Parameters
-    ----------
-    gram : array, shape (n_scans, n_scans)
-        Of all scans, whatever its origin.
-    labels : int array, shape (n_scans,)
-    train : int array
-        Rows of the scans to train on.
-    cost : float
-        The SVM's C.
-
-    Returns
-    -------
-    FoldFit
-
-    Notes
-    -----
-    The pattern is A = Cov(X)·w / Var(X·w) over the training scans, computed as Xᵀs/((n−1)·Var(s))
-    with s = X·w centred: its coefficients are s/((n−1)·Var(s)), since Xᵀs is the same for centred
-    and for raw scans.
-
-    References
-    ----------
-    Haufe et al., NeuroImage 87:96-110, 2014, doi:10.1016/j.neuroimage.2013.10.067
-    """
-    kernel = centred_on(gram, train)
-    svc = SVC(C=cost, kernel="precomputed", tol=TOLERANCE)
-    svc.fit(kernel[np.ix_(train, train)], labels[train])
-    weights = np.zeros(len(labels))
-    weights[train[svc.support_]] = svc.dual_coef_[0]
-    scores = kernel @ weights
-    train_scores = scores[train] - scores[train].mean()
-    pattern = np.zeros(len(labels))
-    pattern[train] = train_scores / ((len(train) - 1) * train_scores.var(ddof=1))
-    return FoldFit(weights, pattern, scores + svc.intercept_[0])
-
-
-def combine_scans(volumes: Volumes, coefficients: np.ndarray) -> np.ndarray:
-    """Return weighted sums of scans, (n_maps, n_voxels), for coefficients (n_maps, n_scans)."""
-    maps = np.empty((len(coefficients), volumes.n_voxels), dtype=np.float32)
-    for start, stop in tqdm(voxel_ranges(volumes), "maps", unit="block", disable=None):
-        maps[:, start:stop] = coefficients @ volumes.read(start, stop).astype(np.float64)
-    return maps
-
-
-# Folds and files
+# Runs and folds
 
 
 def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
@@ -164,22 +70,70 @@ def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFr
     return folds.read_splits(args.modelpath / "splits.csv", cohort)
 
 
+def start_run(
+    args: argparse.Namespace, cohort: dataset.Cohort, cache_folder: Path
+) -> tuple[dict, pd.DataFrame, list[int]]:
+    """Take up the run in --outpath, or begin one; return record, splits and folds to fit."""
+    splits = choose_splits(args, cohort)
+    n_folds = len(splits.filter(regex=folds.FOLD_COLUMN).columns)
+    if args.only_fold is not None and args.only_fold >= n_folds:
+        raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {n_folds - 1}")
+    record = runs.new_record(args, cohort, "svm.py", "linear SVM") | {"n_folds": n_folds}
+    if args.modelpath is not None:
+        splits_path = args.modelpath / "splits.csv"
+        record["modelpath_sha256"] = {splits_path.name: files.sha256(splits_path)}
+    runs.open_run(args, cohort, record, RUN)
+    volume_cache.check_room(cohort, cache_folder)
+    record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    wanted = range(n_folds) if args.only_fold is None else [args.only_fold]
+    return record, splits, [i for i in wanted if not fold_state.is_finished(args.outpath, i)]
+
+
+def fit_folds(
+    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, todo: list[int],
+    volumes: Volumes,
+) -> None:  # fmt: skip
+    """Fit, test and map one SVM a fold, and write each fold's files."""
+    if volumes.n_nonfinite.any():
+        log.warning("%d non-finite voxels set to 0", volumes.n_nonfinite.sum())
+    labels = cohort.table["label"].to_numpy()
+    gram, mean = linear_svm.gram_matrix(volumes)
+    mine = {
+        fold: linear_svm.fit_fold(
+            gram, labels, np.flatnonzero(splits[f"fold_{fold}"] != "test"), args.C
+        )
+        for fold in utils.progress(todo[ranks.rank() :: ranks.world_size()], "folds")
+    }
+    fits = {fold: fit for part in ranks.gathered(mine) for fold, fit in part.items()}
+    coefficients = [
+        of_fold
+        for fold in todo
+        for of_fold in (fits[fold].weight_coefficients, fits[fold].pattern_coefficients)
+    ]
+    maps = linear_svm.combine_scans(volumes, np.array(coefficients))
+    if ranks.is_first():
+        shape, like_img = cohort.volume_shape, cohort.like_img
+        files.write_map(args.outpath / "mean_scan.nii.gz", mean.reshape(shape), like_img)
+        for fold, fold_maps in zip(todo, maps.reshape(len(todo), len(MAPS), *shape), strict=True):
+            rows = np.flatnonzero(splits[f"fold_{fold}"] == "test")
+            predictions = predictions_table(cohort, fold, rows, fits[fold])
+            write_fold(args.outpath, cohort, fold, fold_maps, predictions)
+
+
 def predictions_table(
-    cohort: dataset.Cohort, splits: pd.DataFrame, fits: list[FoldFit]
+    cohort: dataset.Cohort, fold: int, rows: np.ndarray, fit: FoldFit
 ) -> pd.DataFrame:
-    """Return one row a scan, predicted by the fold that held it out, in the networks' format.
+    """Return one row a test scan of a fold, in the networks' format.
 
     `probability` is the logistic function of the decision value: it ranks the scans, but is not
     calibrated.
     """
-    parts = splits.filter(regex=folds.FOLD_COLUMN).to_numpy()
-    fold_of_scan = (parts == "test").argmax(1)
-    decisions = np.array([fits[fold].decisions[row] for row, fold in enumerate(fold_of_scan)])
+    decisions = fit.decisions[rows]
     return pd.DataFrame(
         {
-            "path": cohort.table["path"],
-            "label": cohort.table["label"],
-            "fold": fold_of_scan,
+            "path": cohort.table["path"].iloc[rows].to_numpy(),
+            "label": cohort.table["label"].iloc[rows].to_numpy(),
+            "fold": fold,
             "probability": 1 / (1 + np.exp(-decisions)),
             "predicted": (decisions > 0).astype(int),
             "decision": decisions,
@@ -187,25 +141,39 @@ def predictions_table(
     )
 
 
-def write_maps(
-    args: argparse.Namespace, cohort: dataset.Cohort, maps: np.ndarray, mean: np.ndarray
-) -> list[Path]:
-    """Write each fold's maps and their means, with pictures; return the paths of the means."""
-    shape, like_img = cohort.volume_shape, cohort.like_img
+def write_fold(
+    outpath: Path, cohort: dataset.Cohort, fold: int, fold_maps: np.ndarray,
+    predictions: pd.DataFrame,
+) -> None:  # fmt: skip
+    """Write a fold's maps and, last, its predictions, which say that it is finished."""
+    for name, map_data in zip(MAPS, fold_maps, strict=True):
+        files.write_map(outpath / f"SVM_{name}_f{fold}.nii.gz", map_data, cohort.like_img)
+    files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)
+
+
+# All folds
+
+
+def assemble(
+    args: argparse.Namespace, cohort: dataset.Cohort, n_folds: int
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Put the folds together from their files; return the metrics and the paths of the maps."""
+    predictions = metrics.gather_predictions(args.outpath, range(n_folds), cohort.table["path"])
+    table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
+    files.write_csv(args.outpath / "predictions.csv", predictions)
+    files.write_csv(args.outpath / "metrics.csv", table)
+    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     background_path = args.outpath / "mean_scan.nii.gz"
-    files.write_map(background_path, mean.reshape(shape), like_img)
     written = []
-    for name, fold_maps in zip(MAPS, np.split(maps, len(MAPS)), strict=True):
-        for fold, map_data in enumerate(fold_maps):
-            path = args.outpath / f"SVM_{name}_f{fold}.nii.gz"
-            files.write_map(path, map_data.reshape(shape), like_img)
+    for name in MAPS:
         stem = args.outpath / f"SVM_{name}_all"
         all_path = stem.with_suffix(".nii.gz")
-        files.write_map(all_path, fold_maps.mean(0, dtype=np.float64).reshape(shape), like_img)
+        parts = [(args.outpath / f"SVM_{name}_f{fold}.nii.gz", 1) for fold in range(n_folds)]
+        map_files.write_mean(all_path, cohort, parts)
         sidecar = {
             "method": f"SVM {name}",
             "parameters": {"C": args.C},
-            "n_folds": len(fold_maps),
+            "n_folds": n_folds,
             "background": background_path.name,
             "versions": utils.versions(),
         }
@@ -215,7 +183,21 @@ def write_maps(
         pictures.plot_mosaic(stem.with_suffix(".png"), *images, title)
         report.write_viewer(stem.with_suffix(".html"), *images, title)
         written += [stem.with_suffix(s) for s in (".nii.gz", ".json", ".png", ".html")]
-    return written
+    return table, written
+
+
+def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> None:
+    """Put the folds together, if all are finished; print metrics and what was written."""
+    n_folds = record["n_folds"]
+    missing = [fold for fold in range(n_folds) if not fold_state.is_finished(args.outpath, fold)]
+    if missing:
+        log.info("folds still to be fitted: %s", missing)
+        return
+    with one_writer(args.outpath, "assemble_run", wait=True):
+        table, written = assemble(args, cohort, n_folds)
+        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+    print(table.to_string(index=False, float_format="%.3f"))
+    print(*written, sep="\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -233,6 +215,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="number of folds, without --modelpath")
     option("--val-fraction", type=number(float, above=0, below=1), default=VAL_FRACTION,
            help="as in train_cv.py, without --modelpath; the SVM trains on these scans too")
+    option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
+           help="fit this fold only; whoever finishes the last one puts all together")
+    option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     option("--workers", type=number(int, at_least=0), default=1,
            help="processes that read scans; 0: the main process reads")
     # fmt: on
@@ -240,46 +225,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fit, test and map one SVM a fold."""
+    """Fit, test and map one SVM a fold, then put the folds together."""
     utils.start_log()
     cohort = dataset.read_cohort(args.path)
-    splits = choose_splits(args, cohort)
-    parts = splits.filter(regex=folds.FOLD_COLUMN)
-    labels = cohort.table["label"].to_numpy()
-
-    run = runs.new_record(args, cohort, "svm.py", "linear SVM")
     cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
-    volume_cache.check_room(cohort, cache_folder)
 
-    utils.make_outpath(args.outpath)
-    utils.start_log(args.outpath / "svm.log")
+    record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, cache_folder))
+    utils.start_log(args.outpath / utils.log_name("svm", args.only_fold))
     start = time.perf_counter()
-    opened = volume_cache.opened(cohort, cache_folder, args.workers)
-    with logging_redirect_tqdm([log]), opened as volumes:
-        if volumes.n_nonfinite.any():
-            log.warning("%d non-finite voxels set to 0", volumes.n_nonfinite.sum())
-        gram, mean = gram_matrix(volumes)
-        fits = [
-            fit_fold(gram, labels, np.flatnonzero(parts[name] != "test"), args.C)
-            for name in tqdm(parts, "folds", disable=None)
-        ]
-        weights = [fit.weight_coefficients for fit in fits]
-        patterns = [fit.pattern_coefficients for fit in fits]
-        maps = combine_scans(volumes, np.array(weights + patterns))
-    log.info("%.1f seconds a fold", (time.perf_counter() - start) / len(fits))
+    if todo:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(logging_redirect_tqdm([log]))
+            for fold in todo if ranks.is_first() else []:
+                stack.enter_context(one_writer(args.outpath, RUN.lock_name(fold)))
+            volumes = stack.enter_context(volume_cache.opened(cohort, cache_folder, args.workers))
+            fit_folds(args, cohort, splits, todo, volumes)
+        log.info("%.1f seconds a fold", (time.perf_counter() - start) / len(todo))
 
-    predictions = predictions_table(cohort, splits, fits)
-    table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
-    files.write_json(args.outpath / "run.json", run | {"n_folds": len(fits), "end": utils.now()})
-    files.write_csv(args.outpath / "splits.csv", splits)
-    files.write_csv(args.outpath / "predictions.csv", predictions)
-    files.write_csv(args.outpath / "metrics.csv", table)
-    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
-    written = write_maps(args, cohort, maps, mean)
+    ranks.wait_for_all()
     volume_cache.remove(cache_folder)
-    print(table.to_string(index=False, float_format="%.3f"))
-    print(*written, sep="\n")
+    if ranks.is_first():
+        finish(args, cohort, record)
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main, parse_args()))
+    advice = "Finished folds and decoded scans are kept: the same command goes on."
+    sys.exit(utils.run_script(main, parse_args(), advice))

@@ -283,11 +283,6 @@ def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> No
     print(table.to_string(index=False, float_format="%.3f"))
 
 
-def log_name(args: argparse.Namespace) -> str:
-    """Return the name of the log, which job arrays have one of for each fold."""
-    return "train_cv.log" if args.only_fold is None else f"train_cv_f{args.only_fold}.log"
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
@@ -332,7 +327,7 @@ def main(args: argparse.Namespace) -> None:
     cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
 
     record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, device, cache_folder))
-    utils.start_log(args.outpath / log_name(args))
+    utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",
         len(cohort.table), cohort.volume_shape, utils.describe_device(device), todo or "none",

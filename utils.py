@@ -216,6 +216,11 @@ def start_log(log_path: Path | None = None) -> None:
         log.addHandler(to_file)
 
 
+def log_name(script: str, only_fold: int | None) -> str:
+    """Return the name of a script's log; each task of a job array has one of its own."""
+    return f"{script}.log" if only_fold is None else f"{script}_f{only_fold}.log"
+
+
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
     """Return a progress bar on stderr; none where that is no terminal, or another rank's."""
     disable = None if ranks.is_first() else True

@@ -23,7 +23,6 @@ from utils import log
 INDEX_ROW = np.dtype([("size", "i8"), ("mtime_ns", "i8"), ("n_nonfinite", "i8")])
 NOT_DECODED = np.array((-1, -1, 0), dtype=INDEX_ROW)
 SAVE_SECONDS = 5  # a killed process loses what it decoded since the index was saved
-HALVES = {".hdr": ".img", ".img": ".hdr", ".HEAD": ".BRIK", ".BRIK": ".HEAD"}  # of one image
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,6 @@ def open_volumes(cohort: Cohort, folder: Path) -> Volumes:
 # The index
 
 
-def stamp(file: str) -> tuple[int, int]:
-    """Return a scan's size and time in ns; of an image in two files, of both."""
-    path = Path(file)
-    other_path = path.with_suffix(HALVES.get(path.suffix, path.suffix))
-    found = [path.stat()]
-    if other_path != path and other_path.is_file():
-        found.append(other_path.stat())
-    return sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)
-
-
 def read_index(cohort: Cohort, folder: Path) -> np.ndarray:
     """Return the index of a folder in which there may be nothing yet."""
     n_scans = len(cohort.table)
@@ -114,7 +103,7 @@ def stale_rows(cohort: Cohort, index: np.ndarray) -> list[int]:
     stale = []
     for row, (file, known) in enumerate(zip(cohort.table["file"], index, strict=True)):
         try:
-            is_current = stamp(file) == (known["size"], known["mtime_ns"])
+            is_current = scan_files.stamp(file) == (known["size"], known["mtime_ns"])
         except OSError:
             is_current = False
         if not is_current:
@@ -135,7 +124,10 @@ class Decoder(Dataset):
 
     def __getitem__(self, row: int) -> tuple[int, tuple[int, ...], str]:
         try:
-            size, mtime_ns = stamp(self.files[row])  # before reading: a later change will show
+            # before reading: a later change will show
+            size, mtime_ns = scan_files.stamp(
+                self.files[row]
+            )  # before reading: a later change will show
             volume_data, n_nonfinite = scan_files.load_volume(self.files[row])
             if volume_data.shape != self.shape:
                 return row, (), f"{self.files[row]} now has shape {volume_data.shape}"

@@ -10,6 +10,7 @@ from conftest import N_FOLDS, N_SCANS, SHAPE, write_cohort
 from sklearn.svm import SVC
 
 import dataset
+import linear_svm
 import scan_files
 import svm
 import utils
@@ -96,7 +97,8 @@ def test_folds_drawn_without_a_run_are_train_cvs(cohort_csv, run_path, tmp_path)
 
 def test_blocks_change_nothing(svm_path, cohort_csv, run_path, tmp_path, monkeypatch):
     """With blocks of a few hundred voxels instead of all at once."""
-    monkeypatch.setattr(svm, "BLOCK_BYTES", 4 * N_SCANS * 777)
+    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 4 * N_SCANS * 777)
+    monkeypatch.setattr(linear_svm, "MIN_RANGE_VOXELS", 1)
     fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
     for name in ("SVM_weights_f0.nii.gz", "SVM_pattern_all.nii.gz"):
         expected = load(svm_path / name)
@@ -121,7 +123,7 @@ def test_centring_is_on_the_training_scans():
     rng = np.random.default_rng(0)
     volumes, rows = rng.random((6, 9)), np.array([0, 2, 3])
     centred = volumes - volumes[rows].mean(0)
-    assert svm.centred_on(volumes @ volumes.T, rows) == pytest.approx(centred @ centred.T)
+    assert linear_svm.centred_on(volumes @ volumes.T, rows) == pytest.approx(centred @ centred.T)
 
 
 @pytest.mark.parametrize("case", ["no folder", "no splits", "another cohort", "C"])
