@@ -40,7 +40,7 @@ from utils import InputError, RunError, log
 
 N_FOLDS = 5  # of a folder without run.json
 IG_TOLERANCE = 0.05  # median completeness error above which more --steps are advised
-MAX_NAME_LENGTH = 80
+MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,38 @@ def number_of_folds(args: argparse.Namespace, cohort: dataset.Cohort) -> int:
     """Return how many folds the run has, and hold its record against options and scans."""
     run_path = args.modelpath / "run.json"
     if not run_path.is_file():
+        if (args.fold or 0) > len(cohort.table):
+            raise InputError(f"--fold {args.fold} is more than there are scans")
         return args.fold or N_FOLDS
     run = files.read_json(run_path)
     if run.get("model") != args.model:
         raise InputError(f"{run_path} says the run trained {run.get('model')}, not {args.model}")
-    if tuple(run.get("volume_shape") or ()) != cohort.volume_shape:
+    if run.get("volume_shape") != list(cohort.volume_shape):
         raise InputError(
             f"{run_path} says the run's scans have shape {run.get('volume_shape')}, these have "
             f"{list(cohort.volume_shape)}"
         )
-    affine, here = np.array(run.get("affine"), dtype=float), cohort.like_img.affine
-    if not np.allclose(affine, here, rtol=0, atol=dataset.AFFINE_TOLERANCE_MM):
+    if not same_affine(run.get("affine"), cohort.like_img.affine):
         raise InputError(f"{run_path} says the run's scans have another affine than these")
     n_folds = run.get("n_folds")
-    if not isinstance(n_folds, int) or n_folds < 1:
-        raise InputError(f"{run_path} does not say how many folds there are (n_folds)")
+    if type(n_folds) is not int or not 1 <= n_folds <= len(cohort.table):
+        raise InputError(
+            f"{run_path} does not say how many folds there are (n_folds), 1 to the number of scans"
+        )
     if args.fold not in (None, n_folds):
         raise InputError(f"{run_path} says the run has {n_folds} folds, not {args.fold}")
     return n_folds
+
+
+def same_affine(recorded: object, affine: np.ndarray) -> bool:
+    """Tell whether a record's affine is this one, whatever else the record may hold there."""
+    try:
+        recorded = np.array(recorded, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return recorded.shape == affine.shape and np.allclose(
+        recorded, affine, rtol=0, atol=dataset.AFFINE_TOLERANCE_MM
+    )
 
 
 # Explaining
@@ -192,7 +206,8 @@ def save_scan_map(
 ) -> str:  # fmt: skip
     """Write one scan's map; return its path below --outpath."""
     stem = re.sub(r"[^\w-]+", "_", Path(cohort.table["path"].iloc[row]).name.split(".")[0])
-    name = f"{row + 1:05d}_{stem[:MAX_NAME_LENGTH]}_f{fold.number}.nii.gz"
+    stem = stem.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    name = f"{row + 1:05d}_{stem}_f{fold.number}.nii.gz"
     folder = args.outpath / f"{stem_of(args, method)}_subjects"
     folder.mkdir(exist_ok=True)
     files.write_map(folder / name, map_data, cohort.like_img)

@@ -55,7 +55,9 @@ def open_run(args: argparse.Namespace, cohort: Cohort, device: torch.device) -> 
 
 def check_same_run(run: dict, args: argparse.Namespace, csv_sha256: str) -> None:
     """Refuse to continue a run with other options or another CSV."""
-    before = run.get("arguments") or {}
+    before = run.get("arguments")
+    if not isinstance(before, dict):
+        raise InputError(f"{args.outpath / 'run.json'} does not say what the run's arguments were")
     differing = [
         f"--{name.replace('_', '-')} {getattr(args, name)} (the run has {before.get(name)})"
         for name in RESULT_OPTIONS

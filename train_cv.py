@@ -32,7 +32,7 @@ import models
 import pictures
 import runs
 import utils
-from utils import RunError, log
+from utils import InputError, RunError, log
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = 5
@@ -171,9 +171,14 @@ def restore_fold(
     if not checkpoint_path.is_file():
         return FoldState()
     checkpoint = files.load_torch(checkpoint_path)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return FoldState(**checkpoint["state"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return FoldState(**checkpoint["state"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint_path} cannot continue this fold; start anew with --overwrite: {error}"
+        ) from None
 
 
 def train_fold(
@@ -283,7 +288,10 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
     table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)
-    histories = [pd.read_csv(args.outpath / f"history_f{fold}.csv") for fold in range(args.fold)]
+    histories = [
+        files.read_csv(args.outpath / f"history_f{fold}.csv", pictures.LOSS_COLUMNS)
+        for fold in range(args.fold)
+    ]
     pictures.plot_loss_curves(args.outpath / "loss_curves.png", histories)
     pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     return table

@@ -29,15 +29,24 @@ class RunError(RuntimeError):
     """The run cannot go on, through no fault of the command line: one message, exit status 1."""
 
 
+def printable(text: str) -> str:
+    """Return text with what no terminal or page should be sent as escapes, lines kept."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )  # fmt: skip
+
+
 def run_script(main: Callable, args: argparse.Namespace) -> int:
     """Run a script's `main(args)` and return its exit status: 0 done, 2 input at fault, 1 other."""
     try:
         main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -165,7 +174,7 @@ def start_log(log_path: Path | None = None) -> None:
         handler.close()
     log.addHandler(logging.StreamHandler())
     if log_path is not None:
-        to_file = logging.FileHandler(log_path, encoding="utf-8")
+        to_file = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
 
