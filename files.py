@@ -105,12 +105,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
     """Write a table without its index; missing values are empty cells."""
-    write_bytes(path, table.to_csv(index=False, float_format=float_format).encode())
+    text = table.to_csv(index=False, float_format=float_format)
+    write_bytes(path, text.encode(errors="backslashreplace"))  # file names need not be UTF-8
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file, indented."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # which is how JSON escapes them
 
 
 def read_json(path: Path) -> dict:
@@ -123,11 +125,25 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content
+
+
+def read_csv(path: Path, columns: dict[str, type]) -> pd.DataFrame:
+    """Read the columns that a table must have, and hold them to their types.
+
+    Raises
+    ------
+    InputError
+        If it is no such table.
+    """
+    try:
+        return pd.read_csv(path, dtype=columns, usecols=list(columns))
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is not a table of {', '.join(columns)}: {error}") from None
 
 
 def plain(value: object) -> object:
@@ -228,7 +244,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     Raises
     ------
     InputError
-        If the file is not a checkpoint, or one of another model or volume shape.
+        If the file is not a checkpoint, one of another model or volume shape, or not finite.
     """
     found = load_torch(path)
     expected = model.state_dict()
@@ -241,7 +257,13 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
                 f"{path} is a checkpoint of another model or volume shape: {key} has shape "
                 f"{tuple(getattr(found[key], 'shape', ()))}, expected {tuple(value.shape)}"
             )
-    model.load_state_dict(found)
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:  # sparse, quantized or meta tensors
+        raise InputError(f"{path} does not hold plain weights: {error}") from None
+    for key, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path} holds weights that are NaN or infinite: {key}")
 
 
 def sha256(path: Path) -> str:

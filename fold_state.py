@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import files
+from errors import InputError
 
 
 @dataclass
@@ -64,9 +65,14 @@ def restore_fold(
     if not checkpoint_path.is_file():
         return FoldState()
     checkpoint = files.load_torch(checkpoint_path)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return FoldState(**checkpoint["state"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return FoldState(**checkpoint["state"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint_path} cannot continue this fold; start anew with --overwrite: {error}"
+        ) from None
 
 
 def is_finished(outpath: Path, fold: int) -> bool:

@@ -109,9 +109,6 @@ def read_splits(splits_path: Path, cohort: Cohort) -> pd.DataFrame:
         splits = splits.set_index("path", drop=False)
         if "label" not in splits or not splits.index.is_unique:
             raise ValueError("no column label, or a scan listed twice")
-        folds = splits.filter(regex=FOLD_COLUMN)
-        if folds.empty or not folds.isin(["train", "val", "test"]).all(axis=None):
-            raise ValueError("no fold columns of train, val and test")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{splits_path} is not a table of folds of train_cv.py: {error}") from None
     paths = cohort.table["path"]
@@ -131,4 +128,21 @@ def read_splits(splits_path: Path, cohort: Cohort) -> pd.DataFrame:
         raise InputError(
             f"{differing.iloc[0]!r} has another label in {splits_path} than in the CSV"
         )
+    try:
+        check_parts(splits.filter(regex=FOLD_COLUMN), splits["label"])
+    except ValueError as error:
+        raise InputError(f"{splits_path} is not a table of folds of train_cv.py: {error}") from None
     return splits
+
+
+def check_parts(parts: pd.DataFrame, labels: pd.Series) -> None:
+    """Raise a ValueError unless these are folds as they are drawn, one column a fold."""
+    if parts.empty or not parts.isin(["train", "val", "test"]).all(axis=None):
+        raise ValueError("no fold columns of train, val and test")
+    if list(parts) != [f"fold_{fold}" for fold in range(parts.shape[1])]:
+        raise ValueError(f"its folds are not numbered from 0: {', '.join(list(parts)[:5])}")
+    if ((parts == "test").sum(axis=1) != 1).any():
+        raise ValueError("a scan is not tested in exactly one fold")
+    for name, part in parts.items():
+        if not (part == "test").any() or labels[part == "train"].nunique() < 2:
+            raise ValueError(f"{name} tests no scan, or does not train on both labels")

@@ -13,7 +13,7 @@ import files
 from dataset import Cohort
 from maps import OUTCOMES, FoldResult, RunningMean
 
-MAX_NAME_LENGTH = 80
+MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
 
 
 # Scans
@@ -42,7 +42,7 @@ class ScanMaps:
     def name_of(self, row: int) -> str:
         """Return a map's path below the output folder; no name of a scan leads out of it."""
         name = Path(self.cohort.table["path"].iloc[row]).name.split(".")[0]
-        name = re.sub(r"[^\w-]+", "_", name)[:MAX_NAME_LENGTH]
+        name = re.sub(r"[^\w-]+", "_", name).encode()[:MAX_NAME_BYTES].decode(errors="ignore")
         return f"{self.stem}_subjects/{row + 1:05d}_{name}_f{self.fold}.nii.gz"
 
     def read(self, rows: list[int]) -> np.ndarray | None:

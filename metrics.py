@@ -8,11 +8,15 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from errors import RunError
+import files
+from errors import InputError, RunError
 from utils import derived_seed
 
 N_BOOTSTRAP = 1000
 CONFIDENCE_PERCENT = 95
+PREDICTION_COLUMNS = {
+    "path": str, "label": int, "fold": int, "probability": float, "predicted": int,
+}  # fmt: skip
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -92,10 +96,19 @@ def gather_predictions(outpath: Path, folds: Iterable[int], paths: pd.Series) ->
     outpath : Path
     folds : iterable of int
     paths : Series
-        The cohort's scans; each is predicted exactly once.
+        The cohort's scans.
+
+    Raises
+    ------
+    InputError
+        If a file is damaged, or a scan is not predicted exactly once.
     """
-    tables = [pd.read_csv(outpath / f"predictions_f{f}.csv", dtype={"path": str}) for f in folds]
-    return pd.concat(tables).set_index("path").loc[paths].reset_index()
+    table = pd.concat(
+        files.read_csv(outpath / f"predictions_f{fold}.csv", PREDICTION_COLUMNS) for fold in folds
+    )
+    if sorted(table["path"], key=str) != sorted(paths):
+        raise InputError(f"{outpath / 'predictions_f*.csv'} do not predict each scan exactly once")
+    return table.set_index("path").loc[paths].reset_index()
 
 
 def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: int) -> pd.DataFrame:

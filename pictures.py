@@ -1,5 +1,6 @@
 """Pictures: loss curves, ROC curves, mosaics of maps, Dice curves."""
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ from overlap import TOP_FRACTIONS
 
 DPI = 110
 FOLD_COLORS = plt.get_cmap("tab10").colors
+LOSS_COLUMNS = {"epoch": int, "train_loss": float, "valid_loss": float}
 MAP_COLORS = "cold_hot"
 N_CUTS = 7  # slices per direction of a mosaic
 SHOWN_PERCENTILE = 99.9  # of |map| inside the head: the end of the colour scale
@@ -127,6 +129,11 @@ def plot_mosaic(
     save_figure(figure, path)
 
 
+def plain_label(name: str) -> str:
+    """Return a map's name for a legend: no formula, and not hidden by an underscore in front."""
+    return re.sub(r"^_", "\u200b_", name.replace("$", r"\$"))
+
+
 def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
     """Draw each map's Dice coefficient with the reference against the share of voxels taken.
 
@@ -144,7 +151,7 @@ def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> Non
         percent, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS), ":", color="0.4", label="chance"
     )
     for name, curve in curves.items():
-        axis.plot(percent, curve, label=name)
+        axis.plot(percent, curve, label=plain_label(name))
     axis.axvline(100 * p, color="0.85", zorder=0)
     axis.text(100 * p, 1.01, "size of the reference", fontsize=8, color="0.5", ha="center",
               transform=axis.get_xaxis_transform())  # fmt: skip

@@ -4,27 +4,21 @@ import argparse
 import base64
 import html
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
-from nilearn import datasets, image, plotting
+from nilearn import plotting
 
 import files
 import utils
-from errors import InputError
+from page_data import METRICS_SHOWN, PICTURES, SUMMARY_ROWS, Run, template_like, viewer_data
 from pictures import HIDDEN_FRACTION, MAP_COLORS, color_limit
 
 TEMPLATE_PATH = Path(__file__).with_name("report_template.html")
-SHOWN_VOXEL_MM = 2.0  # slices in report.html are no finer: it stays small
 N_REGIONS_SHOWN = 20
 IG_TOLERANCE = 0.05  # median completeness error above which a warning says so
-METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
-PICTURES = {"loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans"}
 OVERLAP_HEADS = {
     "dice_matched": "Dice, matched size",
     "dice_max": "Dice, best size",
@@ -51,107 +45,9 @@ def write_viewer(
     limit = color_limit(map_img.get_fdata())
     view = plotting.view_img(
         map_img, background_img, cmap=MAP_COLORS, vmax=limit, threshold=HIDDEN_FRACTION * limit,
-        title=title, resampling_interpolation="nearest", black_bg=True,
+        title=html.escape(title), resampling_interpolation="nearest", black_bg=True,
     )  # fmt: skip
     files.write_bytes(path, view.get_standalone().encode())
-
-
-# What report.html shows of a run
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of train_cv.py or svm.py left for the page.
-
-    Attributes
-    ----------
-    name : str
-    metrics : DataFrame
-        Of metrics.csv, indexed by fold.
-    n_patients, n_controls : int
-    pictures : list of Path
-        loss_curves.png and roc.png, as far as they exist.
-    """
-
-    name: str
-    metrics: pd.DataFrame
-    n_patients: int
-    n_controls: int
-    pictures: list[Path]
-
-
-def load_run(folder: Path) -> Run:
-    """Read what the page shows of a run's folder.
-
-    Raises
-    ------
-    InputError
-        If it holds no metrics.csv and predictions.csv as train_cv.py and svm.py write them.
-    """
-    try:
-        metrics = pd.read_csv(folder / "metrics.csv", dtype={"fold": str}).set_index("fold")
-        labels = pd.read_csv(folder / "predictions.csv")["label"]
-        metrics.loc[["mean", "sd", "pooled", "pooled_low", "pooled_high"], list(METRICS_SHOWN)]
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"--run {folder} is no finished run: {error}") from None
-    record_path = folder / "run.json"
-    name = files.read_json(record_path).get("model") if record_path.is_file() else folder.name
-    pictures = [folder / name for name in PICTURES]
-    return Run(
-        str(name), metrics, int((labels == 1).sum()), int((labels == 0).sum()),
-        [path for path in pictures if path.is_file()],
-    )  # fmt: skip
-
-
-# Volumes for the slice viewers
-
-
-def shrink(img: SpatialImage) -> SpatialImage:
-    """Return an image turned to RAS axes, averaged over blocks to about the shown voxel size."""
-    img = nib.as_closest_canonical(img)
-    data = np.asarray(img.dataobj, dtype=np.float32)
-    factors = [max(1, int(SHOWN_VOXEL_MM // size)) for size in nib.affines.voxel_sizes(img.affine)]
-    n_blocks = [side // factor for side, factor in zip(data.shape, factors, strict=True)]
-    cropped = data[tuple(slice(n * f) for n, f in zip(n_blocks, factors, strict=True))]
-    split = [size for pair in zip(n_blocks, factors, strict=True) for size in pair]
-    affine = img.affine @ np.diag([*factors, 1])
-    affine[:3, 3] = nib.affines.apply_affine(img.affine, [(f - 1) / 2 for f in factors])
-    return nib.Nifti1Image(cropped.reshape(split).mean((1, 3, 5)), affine)
-
-
-def encode(data: np.ndarray) -> str:
-    """Return bytes in Fortran order (first axis fastest), base64."""
-    return base64.b64encode(data.tobytes(order="F")).decode()
-
-
-def viewer_data(
-    volumes: dict[str, SpatialImage], reference_img: SpatialImage, background_img: SpatialImage
-) -> dict:
-    """Return what the page's script needs to draw the slices of all maps."""
-    background_data = shrink(background_img).get_fdata()
-    top = np.percentile(background_data[background_data > 0], 99.5)
-    reference_small_img = shrink(reference_img)
-    maps = []
-    for name, img in volumes.items():
-        data = shrink(img).get_fdata()
-        limit = color_limit(data)
-        levels = np.clip(np.round(127 * data / limit), -127, 127) + 128
-        maps.append({"name": name, "limit": limit, "data": encode(levels.astype(np.uint8))})
-    return {
-        "shape": reference_small_img.shape,
-        "affine": reference_small_img.affine.tolist(),
-        "background": encode(np.clip(255 * background_data / top, 0, 255).astype(np.uint8)),
-        "reference": encode((reference_small_img.get_fdata() >= 0.5).astype(np.uint8)),
-        "maps": maps,
-    }
-
-
-def template_like(like_img: SpatialImage) -> SpatialImage:
-    """Return nilearn's ICBM152 template on the maps' grid."""
-    return image.resample_to_img(
-        datasets.load_mni152_template(resolution=2), like_img, force_resample=True,
-        copy_header=True,
-    )  # fmt: skip
 
 
 # The page
@@ -178,10 +74,7 @@ def metrics_html(runs: list[Run]) -> str:
     for run in runs:
         row = [run.name, f"{run.n_patients} + {run.n_controls}"]
         for metric in METRICS_SHOWN:
-            pooled, low, high, mean, sd = (
-                run.metrics.loc[name, metric]
-                for name in ("pooled", "pooled_low", "pooled_high", "mean", "sd")
-            )
+            pooled, low, high, mean, sd = (run.metrics.loc[name, metric] for name in SUMMARY_ROWS)
             row.append(f"{pooled:.2f} [{low:.2f}, {high:.2f}] · {mean:.2f} ± {sd:.2f}")
         rows.append(row)
     heads = ["classifier", "patients + controls", *(m.replace("_", " ") for m in METRICS_SHOWN)]
@@ -224,7 +117,7 @@ def regions_html(regions: pd.DataFrame) -> str:
     return table_html(["region", "voxels", *shares.columns], rows)
 
 
-def warnings_of(args: argparse.Namespace, table: pd.DataFrame, runs: list[Run]) -> list[str]:
+def warnings_of(table: pd.DataFrame, runs: list[Run], ig_errors: dict[str, float]) -> list[str]:
     """Return what a reader must know before believing the tables."""
     found = [
         f"{name}: fewer voxels are non-zero than the reference has; its matched Dice is degenerate."
@@ -236,15 +129,11 @@ def warnings_of(args: argparse.Namespace, table: pd.DataFrame, runs: list[Run]) 
             f"{run.name}: fold {fold} is below chance on its held-out scans (ROC AUC {value:.2f})."
             for fold, value in auc[auc < 0.5].items()
         ]
-    for name, path in zip(table["map"], args.maps, strict=True):
-        sidecar_path = path.with_name(path.name.split(".nii")[0] + ".json")
-        sidecar = files.read_json(sidecar_path) if sidecar_path.is_file() else {}
-        error = sidecar.get("median_completeness_error")
-        if sidecar.get("method") == "IG" and error is not None and error > IG_TOLERANCE:
-            found.append(
-                f"{name}: incomplete attributions, median error {error:.2g}; more --steps lower it."
-            )
-    return found
+    return found + [
+        f"{name}: incomplete attributions, median error {error:.2g}; more --steps lower it."
+        for name, error in ig_errors.items()
+        if error > IG_TOLERANCE
+    ]
 
 
 def picture_html(path: Path, caption: str) -> str:
@@ -259,8 +148,8 @@ def picture_html(path: Path, caption: str) -> str:
 
 def write_report(
     path: Path, args: argparse.Namespace, table: pd.DataFrame, regions: pd.DataFrame | None,
-    runs: list[Run], volumes: dict[str, SpatialImage], reference_img: SpatialImage,
-    mask_source: str, background: tuple[SpatialImage | None, str],
+    runs: list[Run], ig_errors: dict[str, float], volumes: dict[str, SpatialImage],
+    reference_img: SpatialImage, mask_source: str, background: tuple[SpatialImage | None, str],
 ) -> None:  # fmt: skip
     """Write report.html, one self-contained file.
 
@@ -275,6 +164,8 @@ def write_report(
     regions : DataFrame or None
         Of regions.csv.
     runs : list of Run
+    ig_errors : dict of str to float
+        Median completeness error of the IG maps for which it is known.
     volumes : dict of str to nibabel image
         The maps.
     reference_img : nibabel image
@@ -297,7 +188,7 @@ def write_report(
         "Versions": ", ".join(f"{k} {v}" for k, v in utils.versions().items()),
         "Made": utils.now(),
     }
-    found = warnings_of(args, table, runs)
+    found = warnings_of(table, runs, ig_errors)
     page = Template(TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(
         facts="".join(
             f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()
@@ -310,6 +201,6 @@ def write_report(
         overlap=overlap_html(table),
         dice_curves=picture_html(path.with_name("dice_curves.png"), "Dice against voxels taken"),
         regions=regions_html(regions) if regions is not None else "<p>No --atlas was given.</p>",
-        data=json.dumps(data).replace("</", "<\\/"),
+        data=json.dumps(data).replace("<", r"\u003c"),  # nothing in it opens or ends a tag
     )
-    files.write_bytes(path, page.encode())
+    files.write_bytes(path, page.encode(errors="xmlcharrefreplace"))

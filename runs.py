@@ -99,7 +99,10 @@ def check_same_run(before: dict, record: dict, kind: RunKind, cohort: Cohort) ->
         Naming each difference with both values.
     """
     then, now = before.get("arguments"), record["arguments"]
-    then = then if isinstance(then, dict) else {}
+    if not isinstance(then, dict):
+        raise InputError(
+            f"{Path(now['outpath']) / kind.record_name} does not say what the run's arguments were"
+        )
     differing = [
         f"--{name.replace('_', '-')} {now[name]} (the run has {then.get(name)})"
         for name in kind.options

@@ -12,6 +12,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.brikhead import AFNIHeaderError, AFNIImageError
 from nibabel.cifti2 import Cifti2HeaderError
 from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHError
 from nibabel.openers import ImageOpener
 from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
@@ -27,7 +28,7 @@ CHUNK_BYTES = 2**20
 READ_ERRORS = (  # what nibabel lets through on damaged headers; ImportError: MINC 2 needs h5py
     OSError, EOFError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
     ImportError, MemoryError, zlib.error, ExpatError, ImageFileError, HeaderDataError, PARRECError,
-    AFNIImageError, AFNIHeaderError, Cifti2HeaderError,
+    AFNIImageError, AFNIHeaderError, MGHError, Cifti2HeaderError,
 )  # fmt: skip
 
 

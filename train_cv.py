@@ -265,7 +265,10 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
     table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)
-    histories = [pd.read_csv(args.outpath / f"history_f{fold}.csv") for fold in range(args.fold)]
+    histories = [
+        files.read_csv(args.outpath / f"history_f{fold}.csv", pictures.LOSS_COLUMNS)
+        for fold in range(args.fold)
+    ]
     pictures.plot_loss_curves(args.outpath / "loss_curves.png", histories)
     pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     return table

@@ -12,7 +12,6 @@ from dataset import AFFINE_TOLERANCE_MM, Cohort
 from errors import InputError
 
 N_FOLDS = 5  # of a folder without run.json
-MAX_FOLDS = 10_000  # a run.json that says more is not one of train_cv.py
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ def number_of_folds(args: argparse.Namespace, cohort: Cohort) -> int:
         raise InputError(f"there is no folder --modelpath {args.modelpath}")
     run_path = args.modelpath / "run.json"
     if not run_path.is_file():
+        if (args.fold or 0) > len(cohort.table):
+            raise InputError(f"--fold {args.fold} is more than there are scans")
         return args.fold or N_FOLDS
     run = files.read_json(run_path)
     if run.get("model") != args.model:
@@ -72,8 +73,10 @@ def number_of_folds(args: argparse.Namespace, cohort: Cohort) -> int:
     if not is_affine(run.get("affine"), cohort.like_img.affine):
         raise InputError(f"{run_path} says the run's scans have another affine than these")
     n_folds = run.get("n_folds")
-    if type(n_folds) is not int or not 1 <= n_folds <= MAX_FOLDS:
-        raise InputError(f"{run_path} does not say how many folds there are (n_folds)")
+    if type(n_folds) is not int or not 1 <= n_folds <= len(cohort.table):
+        raise InputError(
+            f"{run_path} does not say how many folds there are (n_folds), 1 to the number of scans"
+        )
     if args.fold not in (None, n_folds):
         raise InputError(f"{run_path} says the run has {n_folds} folds, not {args.fold}")
     return n_folds
@@ -83,7 +86,7 @@ def is_affine(found: object, expected: np.ndarray) -> bool:
     """Tell whether a record's entry is this affine."""
     try:
         affine = np.array(found, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     close = {"rtol": 0, "atol": AFFINE_TOLERANCE_MM}
     return affine.shape == (4, 4) and np.allclose(affine, expected, **close)

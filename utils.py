@@ -27,6 +27,15 @@ log = logging.getLogger("heatmaps")
 # Exit statuses
 
 
+def printable(text: str) -> str:
+    """Return text with what no terminal or page should be sent as escapes, lines kept."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )  # fmt: skip
+
+
 def run_script(main: Callable, args: argparse.Namespace, advice: str = "") -> int:
     """Run a script's `main(args)` and return its exit status.
 
@@ -38,10 +47,10 @@ def run_script(main: Callable, args: argparse.Namespace, advice: str = "") -> in
         with stoppable(), ranks.joined():
             main(args)
     except InputError as error:
-        print(f"{speaker}error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {printable(str(error))}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"{speaker}error: {error}", file=sys.stderr)
+        print(f"{speaker}error: {printable(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stop:
         print(f"{speaker}stopped by {stop.signal.name}. {advice}".rstrip(), file=sys.stderr)
@@ -211,7 +220,7 @@ def start_log(log_path: Path | None = None) -> None:
     if log_path is not None:
         if not ranks.is_first():
             log_path = log_path.with_suffix(f".rank{ranks.rank()}.log")
-        to_file = LogFile(log_path, encoding="utf-8")
+        to_file = LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
         log.addHandler(to_file)
 
