@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from nibabel.arrayproxy import ArrayProxy
 
 import dataset
 import scan_files
-from errors import InputError
+from errors import InputError, RunError
 
 OTHER_AFFINE = AFFINE + np.diag([0, 0, 0.5, 0])
 
@@ -105,6 +106,48 @@ def test_contrast_in_the_last_slice_alone_is_found(tmp_path):
     data[3, 4, -1] = 2
     path = save_scan(tmp_path / "x.nii.gz", data)
     assert scan_files.check_scan(str(path))[1] == ""
+
+
+def flip_bytes(content: bytes) -> bytes:
+    """Return a file's bytes with some inverted, past what a look at the header decompresses."""
+    return content[:3500] + bytes(byte ^ 0xFF for byte in content[3500:3600]) + content[3600:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("x.nii.gz", flip_bytes),
+        ("x.nii.gz", lambda content: content[: len(content) // 2]),
+        ("x.nii", lambda content: content[: len(content) // 2]),
+        ("x.nii.gz", lambda _: b"no image"),
+        ("x.nii.gz", None),
+    ],
+    ids=["flipped", "cut", "cut-uncompressed", "no-gzip", "gone"],
+)
+def test_a_scan_damaged_after_the_checks_is_named(tmp_path, name, damage):
+    path = save_scan(tmp_path / name, make_volume(0, 0))
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(RunError, match=rf"{name} cannot be read: "):
+        scan_files.load_volume(str(path))
+
+
+@pytest.mark.parametrize("slope_inter", [(1, 0), (0.37, -20)])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_voxels_are_nibabels(tmp_path, kind, slope_inter):
+    path = tmp_path / "x.nii.gz"
+    img = nib.Nifti1Image(np.random.default_rng(0).integers(0, 200, SHAPE).astype(kind), AFFINE)
+    img.header.set_slope_inter(*slope_inter)
+    nib.save(img, path)
+    voxels = scan_files.read_voxels(str(path))
+    assert voxels.dtype == np.float32
+    np.testing.assert_allclose(voxels, nib.load(path).get_fdata(), rtol=1e-6, atol=1e-5)
+    low, high = voxels.min(), voxels.max()
+    volume_data, _ = scan_files.load_volume(str(path))
+    assert volume_data.flags.c_contiguous
+    np.testing.assert_array_equal(volume_data, (voxels - low) / (high - low))
 
 
 # The dataset
