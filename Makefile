@@ -32,7 +32,7 @@ demo: .venv/ready
 		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -200,7 +200,7 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=error is not None)
+        self.pool.shutdown()
         if error is None:
             for write in self.waiting:
                 write.result()

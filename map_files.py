@@ -82,8 +82,8 @@ def write_fold(
 
 
 def read_map(path: Path) -> np.ndarray:
-    """Return a map's values, float32 of shape (D, H, W)."""
-    return nib.load(path).get_fdata(dtype=np.float32, caching="unchanged")
+    """Return a map's values, float32 of shape (D, H, W), in C order as before they were written."""
+    return np.ascontiguousarray(nib.load(path).get_fdata(dtype=np.float32, caching="unchanged"))
 
 
 # All folds

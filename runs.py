@@ -74,7 +74,7 @@ def stamp_of(cohort: Cohort) -> str:
 def changed_since(cohort: Cohort, start: str) -> str:
     """Name scans that were modified after a time in ISO 8601."""
     try:
-        start_s = datetime.fromisoformat(start).timestamp()
+        start_s = datetime.fromisoformat(start).timestamp() + 1  # it is rounded down
     except (TypeError, ValueError):
         return "sizes or times differ"
     paths = zip(cohort.table["path"], cohort.table["file"], strict=True)
