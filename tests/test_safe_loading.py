@@ -149,14 +149,12 @@ def test_a_checkpoint_of_something_else_is_refused(cohort_csv, modelpath, refusa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weight: weight * float("nan"), "weights that are NaN or infinite"),
-        (lambda weight: weight / 0, "weights that are NaN or infinite"),
         (lambda weight: weight.to_sparse(), "does not hold plain weights"),
         (lambda weight: weight.to("meta"), "does not hold plain weights"),
         (lambda weight: weight[:1, :1, :1, :1, :1].expand(10**6, *weight.shape[1:]), "has shape"),
         (lambda weight: [1.0], "has shape ()"),
     ],
-    ids=["nan", "infinite", "sparse", "meta", "a-million-times-itself", "list"],
+    ids=["sparse", "meta", "a-million-times-itself", "list"],
 )  # fmt: skip
 def test_weights_that_are_none(cohort_csv, modelpath, tmp_path, refusal, change, message):
     path = modelpath / "state_dict_f1.pth"
