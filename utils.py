@@ -166,16 +166,26 @@ def seed_everything(*keys: int) -> None:
     torch.manual_seed(seed)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Keep control characters of subjects and file names out of terminals and logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line to print."""
+        return printable(super().format(record))
+
+
 def start_log(log_path: Path | None = None) -> None:
     """Log to stderr and, once there is an output folder, also to a file."""
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(logging.StreamHandler())
+    to_terminal = logging.StreamHandler()
+    to_terminal.setFormatter(PrintableFormatter())
+    log.addHandler(to_terminal)
     if log_path is not None:
-        to_file = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file = logging.FileHandler(log_path, encoding="utf-8")
+        to_file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
 
 

@@ -518,6 +518,14 @@ def test_a_run_of_subjects_with_hostile_names(odd_csv, tmp_path):
     assert splits["subject"].tolist() == SUBJECTS
 
 
+def test_logs_carry_no_control_characters(tmp_path, capsys):
+    utils.start_log(tmp_path / "x.log")
+    utils.log.warning("both labels: %s", "ä\x1b[2J\udcff\u202e")
+    utils.start_log()
+    for text in (capsys.readouterr().err, (tmp_path / "x.log").read_text()):
+        assert r"both labels: ä\x1b[2J\udcff\u202e" in text
+
+
 @pytest.mark.parametrize("outpath", ["x" * 300, "file/below"])
 def test_an_outpath_that_cannot_be(tmp_path, outpath):
     (tmp_path / "file").write_text("")
