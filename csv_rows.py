@@ -91,7 +91,7 @@ def find_file(text: str, csv_path: Path) -> Path | None:
             for candidate in (csv_path.parent / path, path):
                 if candidate.is_file():
                     return candidate.resolve()
-    except (OSError, RuntimeError, ValueError):  # too long, not ours, an unknown ~user, a NUL
+    except (OSError, RuntimeError):  # a name too long, a folder not ours, an unknown ~user
         return None
     return None
 

@@ -244,7 +244,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     Raises
     ------
     InputError
-        If the file is not a checkpoint, one of another model or volume shape, or not finite.
+        If the file is not a checkpoint, or one of another model or volume shape.
     """
     found = load_torch(path)
     expected = model.state_dict()
@@ -261,9 +261,6 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         model.load_state_dict(found)
     except RuntimeError as error:  # sparse, quantized or meta tensors
         raise InputError(f"{path} does not hold plain weights: {error}") from None
-    for key, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path} holds weights that are NaN or infinite: {key}")
 
 
 def sha256(path: Path) -> str:

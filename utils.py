@@ -203,6 +203,14 @@ class LogFile(logging.FileHandler):
         """Drop the line."""
 
 
+class PrintableFormatter(logging.Formatter):
+    """Keep control characters of subjects and file names out of terminals and logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line to print."""
+        return printable(super().format(record))
+
+
 def start_log(log_path: Path | None = None) -> None:
     """Log to stderr and, once there is an output folder, also to a file.
 
@@ -214,14 +222,14 @@ def start_log(log_path: Path | None = None) -> None:
         handler.close()
     speaker = f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
     to_stderr = logging.StreamHandler()
-    to_stderr.setFormatter(logging.Formatter(f"{speaker}%(message)s"))
+    to_stderr.setFormatter(PrintableFormatter(f"{speaker}%(message)s"))
     to_stderr.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
     log.addHandler(to_stderr)
     if log_path is not None:
         if not ranks.is_first():
             log_path = log_path.with_suffix(f".rank{ranks.rank()}.log")
         to_file = LogFile(log_path, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
+        to_file.setFormatter(PrintableFormatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
         log.addHandler(to_file)
 
 

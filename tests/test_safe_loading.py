@@ -151,14 +151,12 @@ def test_a_checkpoint_of_something_else_is_refused(cohort_csv, modelpath, refusa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weight: weight * float("nan"), "weights that are NaN or infinite"),
-        (lambda weight: weight / 0, "weights that are NaN or infinite"),
         (lambda weight: weight.to_sparse(), "does not hold plain weights"),
         (lambda weight: weight.to("meta"), "does not hold plain weights"),
         (lambda weight: weight[:1, :1, :1, :1, :1].expand(10**6, *weight.shape[1:]), "has shape"),
         (lambda weight: [1.0], "has shape ()"),
     ],
-    ids=["nan", "infinite", "sparse", "meta", "a-million-times-itself", "list"],
+    ids=["sparse", "meta", "a-million-times-itself", "list"],
 )  # fmt: skip
 def test_weights_that_are_none(cohort_csv, modelpath, tmp_path, refusal, change, message):
     path = modelpath / "state_dict_f1.pth"
@@ -520,6 +518,14 @@ def test_a_run_of_subjects_with_hostile_names(odd_csv, tmp_path):
         assert table["path"].tolist() == [f"../scans/{name}" for name in NAMES]
     splits = pd.read_csv(tmp_path / "out" / "splits.csv")
     assert splits["subject"].tolist() == SUBJECTS
+
+
+def test_logs_carry_no_control_characters(tmp_path, capsys):
+    utils.start_log(tmp_path / "x.log")
+    utils.log.warning("both labels: %s", "ä\x1b[2J\udcff\u202e")
+    utils.start_log()
+    for text in (capsys.readouterr().err, (tmp_path / "x.log").read_text()):
+        assert r"both labels: ä\x1b[2J\udcff\u202e" in text
 
 
 @pytest.mark.parametrize("outpath", ["x" * 300, "file/below"])
