@@ -232,8 +232,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="number of folds, without --modelpath")
     option("--val-fraction", type=number(float, above=0, below=1), default=VAL_FRACTION,
            help="as in train_cv.py, without --modelpath; the SVM trains on these scans too")
-    option("--workers", type=number(int, at_least=0), default=1,
-           help="processes that read scans; 0: the main process reads")
+    option("--workers", type=number(int, at_least=0), default=utils.N_WORKERS,
+           help="processes that decode scans; 0: the main process")
     # fmt: on
     return parser.parse_args(argv)
 

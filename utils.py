@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import platform
 import random
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+N_WORKERS = min(4, os.cpu_count())
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
 
