@@ -190,5 +190,4 @@ class ScanDataset(Dataset):
             volume_data, self.n_nonfinite[index] = scan_files.load_volume(self.files[index])
         else:
             volume_data, self.n_nonfinite[index] = self.cached[row], self.cached.n_nonfinite[row]
-        volume = torch.from_numpy(np.ascontiguousarray(volume_data)[None])
-        return volume, int(self.labels[index]), row
+        return torch.from_numpy(volume_data[None]), int(self.labels[index]), row

@@ -218,8 +218,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="fit this fold only; whoever finishes the last one puts all together")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
-    option("--workers", type=number(int, at_least=0), default=1,
-           help="processes that read scans; 0: the main process reads")
+    option("--workers", type=number(int, at_least=0), default=utils.N_WORKERS,
+           help="processes that decode scans; 0: the main process")
     # fmt: on
     return parser.parse_args(argv)
 

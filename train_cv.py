@@ -14,7 +14,6 @@ histories, loss_curves.png, roc.png and train_cv.log.
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -56,7 +55,6 @@ PATIENCE = 10
 DELTA = 0.0
 
 VAL_FRACTION = 0.2
-MAX_WORKERS = 4
 
 RUN = runs.RunKind(
     record_name="run.json",
@@ -307,8 +305,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="a new best is lower than the best validation loss by more than this")
     option("--val-fraction", type=number(float, above=0, below=1), default=VAL_FRACTION,
            help="share of a fold's other scans that validate")
-    option("--workers", type=number(int, at_least=0), default=min(MAX_WORKERS, os.cpu_count() // 2),
-           help="processes that read scans; 0: the main process reads")
+    option("--workers", type=number(int, at_least=0), default=utils.N_WORKERS,
+           help="processes that decode scans, and that read ahead for a GPU; 0: the main process")
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="train this fold only; whoever finishes the last one puts all together")
     option("--precision", choices=utils.PRECISIONS, default="fp32",

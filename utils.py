@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import platform
 import random
 import sys
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import ranks
 from errors import InputError, RunError, Stopped, stoppable
 
+N_WORKERS = min(4, os.cpu_count())
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
 

@@ -65,12 +65,31 @@ def check_room(cohort: Cohort, folder: Path) -> None:
 # Sharing
 
 
+@contextlib.contextmanager
+def opened_lock(folder: Path) -> Iterator[TextIO]:
+    """Open the lock of a folder that is made where it is missing."""
+    lock = None
+    while lock is None:
+        with contextlib.suppress(FileNotFoundError):  # its last user has removed it just now
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("a+")
+    with lock:
+        try:
+            yield lock
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to worker processes
+
+
 def try_lock(lock: TextIO, kind: int) -> bool:
     """Lock an open file exclusively or shared, if that can be had at once."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # file systems of clusters that do without locks
+        raise RunError(
+            f"{lock.name} cannot be locked ({error.strerror}): give a --cache-dir on a local disk"
+        ) from None
     return True
 
 
@@ -82,7 +101,7 @@ def is_in(folder: Path, lock: TextIO) -> bool:
         return False
 
 
-def check_unchanged(cohort: Cohort, folder: Path) -> bool:
+def is_whole(cohort: Cohort, folder: Path) -> bool:
     """Tell whether a cache that others use is whole; a scan that has changed stops the run."""
     index = volume_file.read_index(cohort, folder)
     stale = volume_file.stale_rows(cohort, index)
@@ -95,35 +114,17 @@ def check_unchanged(cohort: Cohort, folder: Path) -> bool:
     return not stale
 
 
-def enter(cohort: Cohort, folder: Path, n_workers: int) -> TextIO:
-    """Return the lock, shared, of a cache that is whole, made here or by another process."""
-    has_waited = False
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("a+")
-        except FileNotFoundError:  # its last user has removed it just now
-            continue
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(lock)
-            if try_lock(lock, fcntl.LOCK_EX):
-                if is_in(folder, lock):
-                    lock.truncate(0)
-                    print(os.getpid(), end="", file=lock, flush=True)
-                    volume_file.decode(cohort, folder, n_workers)
-                    fcntl.flock(lock, fcntl.LOCK_SH)
-                is_whole = is_in(folder, lock)  # between two locks it could be removed
-            elif try_lock(lock, fcntl.LOCK_SH):
-                is_whole = is_in(folder, lock) and check_unchanged(cohort, folder)
-            else:
-                lock.seek(0)
-                if not has_waited:
-                    log.info("process %s is decoding the scans into %s", lock.read(), folder)
-                has_waited, is_whole = True, False
-            if is_whole:
-                closing.pop_all()
-                return lock
-        time.sleep(POLL_SECONDS)
+def try_enter(cohort: Cohort, folder: Path, n_workers: int, lock: TextIO) -> bool:
+    """Lock a cache, shared, once it is whole: made here if nobody holds it; tell whether it is."""
+    if try_lock(lock, fcntl.LOCK_EX):
+        if not is_in(folder, lock):
+            return False
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
+        volume_file.decode(cohort, folder, n_workers)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return is_in(folder, lock)  # between the two locks it could be removed
+    return try_lock(lock, fcntl.LOCK_SH) and is_in(folder, lock) and is_whole(cohort, folder)
 
 
 @contextlib.contextmanager
@@ -144,12 +145,19 @@ def opened(cohort: Cohort, folder: Path, n_workers: int) -> Iterator[volume_file
         If a scan cannot be decoded, a worker process dies, or a scan has changed while another
         process uses the cache.
     """
-    lock = enter(cohort, folder, n_workers)
-    try:
+    with contextlib.ExitStack() as stack:
+        has_waited = False
+        while True:
+            lock = stack.enter_context(opened_lock(folder))
+            if try_enter(cohort, folder, n_workers, lock):
+                break
+            if not has_waited:
+                lock.seek(0)
+                log.info("waiting for process %s, which decodes scans into %s", lock.read(), folder)
+            has_waited = True
+            stack.close()
+            time.sleep(POLL_SECONDS)
         yield volume_file.open_volumes(cohort, folder)
-    finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to worker processes
-        lock.close()
 
 
 def remove(folder: Path) -> None:

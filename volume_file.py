@@ -169,7 +169,7 @@ def decode(cohort: Cohort, folder: Path, n_workers: int) -> None:
                 save_index(folder, index)
                 saved_at = time.monotonic()
     except RuntimeError as error:  # of DataLoader
-        problem = f"a process that decodes scans has died, perhaps for want of memory: {error}"
+        problem = f"decoding stopped ({error}); with fewer --workers it needs less memory"
     finally:
         save_index(folder, index)
     if problem:

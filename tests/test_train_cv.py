@@ -205,8 +205,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
     assert not (tmp_path / "state_dict_f0.pth").exists()
 
 
-def test_two_workers_change_nothing(run_path, cohort_csv, tmp_path):
-    train(cohort_csv, tmp_path, "--workers", "2")
+@pytest.mark.parametrize("more", [(), ("--no-cache",)])
+def test_two_workers_change_nothing(run_path, cohort_csv, tmp_path, more):
+    train(cohort_csv, tmp_path, "--workers", "2", *more)
     assert contents(tmp_path) == contents(run_path)
 
 
