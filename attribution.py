@@ -5,17 +5,22 @@ Pure functions of a model and a volume: no files, no devices of their own. All e
 """
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from captum.attr import LRP, GuidedGradCam, IntegratedGradients
+from captum.attr import (
+    GuidedBackprop,
+    GuidedGradCam,
+    IntegratedGradients,
+    LayerAttribution,
+    LayerGradCam,
+)
 from torch import Tensor, nn
 
-import convolution
 from first_block import FirstBlock, first_block_of
-from lrp_rules import RULES
+from lrp_rules import RULES, OnePassLRP
+from rest import rest_after
+from untouched import attribute_on
 from utils import log
 
 BETA = 0.5
@@ -58,12 +63,14 @@ def lrp(model: nn.Module, volume: Tensor, target: Targets, beta: float = BETA) -
     """
 
     def attribute() -> Tensor:
-        for module in model.modules():
-            if type(module) in RULES:
-                module.rule = RULES[type(module)](beta)
-        return LRP(model).attribute(volume.detach().clone(), target=target)
+        for name, layer in model.named_modules():
+            if type(layer) in RULES:
+                layer.rule = RULES[type(layer)](beta)
+            elif not list(layer.children()):
+                raise TypeError(f"no rule of LRP is known for layer {name}, a {type(layer)}")
+        return OnePassLRP(model).attribute(volume.detach().clone(), target=target)
 
-    return _attribute_on(model, attribute)
+    return attribute_on(model, attribute, attribute)
 
 
 # Integrated gradients
@@ -116,7 +123,8 @@ def integrated_gradients(
                 maps.append(_integrate_after(block, one_volume, one_target, options))
         return torch.cat(maps).to(volume.dtype)
 
-    return _attribute_on(model, attribute, functools.partial(attribute, with_shortcut=False))
+    diagnose = functools.partial(attribute, with_shortcut=False)
+    return attribute_on(model, attribute, diagnose, same_rounding=False)
 
 
 def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: dict) -> Tensor:
@@ -172,13 +180,40 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: Targets) -> Tensor:
     Selvaraju et al., ICCV 2017, arXiv:1610.02391
     """
 
-    def attribute() -> Tensor:
-        method = GuidedGradCam(model, last_convolution(model))
-        return method.attribute(
-            volume.detach().clone(), target=target, interpolate_mode="trilinear"
-        )
+    options = {"target": target, "interpolate_mode": "trilinear"}
 
-    return _attribute_on(model, attribute)
+    def attribute(with_shortcut: bool = True) -> Tensor:
+        if with_shortcut:
+            maps = _guided_gradcam_in_one_pass(model, volume, target)
+            if maps is not None:
+                return maps
+            _say_once("guided Grad-CAM: no plain rest after the last convolution, two passes")
+        method = GuidedGradCam(model, last_convolution(model))
+        return method.attribute(volume.detach().clone(), **options)
+
+    return attribute_on(model, attribute, functools.partial(attribute, with_shortcut=False))
+
+
+def _guided_gradcam_in_one_pass(model: nn.Module, volume: Tensor, target: Targets) -> Tensor | None:
+    """Take Grad-CAM of the rest of the model, on what guided backpropagation's pass left there."""
+    layer = last_convolution(model)
+    seen: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs.detach())),
+        model.register_forward_hook(lambda _, inputs, logits: seen.append(logits.detach())),
+    ]
+    try:
+        guided = GuidedBackprop(model).attribute(volume.detach().clone(), target)
+    finally:
+        for handle in handles:
+            handle.remove()
+    activations, logits = seen
+    rest = rest_after(model, layer, activations, logits)
+    if rest is None:
+        return None
+    cam = LayerGradCam(rest, rest.entry).attribute(activations, target, relu_attributions=True)
+    shape = tuple(volume.shape[2:])
+    return guided * LayerAttribution.interpolate(cam, shape, interpolate_mode="trilinear")
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -186,83 +221,3 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "IG": integrated_gradients,
     "GGC": guided_gradcam,
 }
-
-
-# What all methods share
-
-
-@contextmanager
-def _explaining(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without parameter gradients; leave it exactly as it was."""
-    was_training = {module: module.training for module in model.modules()}
-    required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    handles = convolution.hook_fast_input_gradients(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
-            warnings.filterwarnings(
-                "ignore", message="Input Tensor .* did not already require grad"
-            )
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in was_training.items():
-            module.training = training
-            for leftover in ("rule", "activations"):  # captum's, after LRP
-                module.__dict__.pop(leftover, None)
-        for parameter, requires_grad in required_grad.items():
-            parameter.requires_grad_(requires_grad)
-
-
-def _attribute_on(
-    model: nn.Module, attribute: Callable[[], Tensor], diagnose: Callable[[], Tensor] | None = None
-) -> Tensor:
-    """Run an attribution on a model and return its maps, detached; maps and logits are finite.
-
-    `diagnose` is the same attribution through all layers, to find where a NaN began.
-    """
-    finite_logits = []
-    handle = model.register_forward_hook(
-        lambda _, inputs, logits: finite_logits.append(torch.isfinite(logits).all())
-    )
-    with _explaining(model):
-        try:
-            maps = attribute().detach()
-        finally:
-            handle.remove()
-        if not (torch.isfinite(maps).all() and torch.stack(finite_logits).all()):
-            layer, kind = _first_nonfinite(model, diagnose or attribute)
-            raise FloatingPointError(
-                f"the map or the logits are NaN or infinite; that began in {layer} ({kind})"
-            )
-    return maps
-
-
-def _first_nonfinite(model: nn.Module, attribute: Callable[[], Tensor]) -> tuple[str, str]:
-    """Run an attribution again and return the layer where the first non-finite number arose."""
-    found: list[tuple[str, str]] = []
-
-    def note(tensor: Tensor, name: str, kind: str) -> None:
-        if not torch.isfinite(tensor).all():
-            found.append((name, kind))
-
-    def watch(module: nn.Module, name: str) -> list:
-        def before(_, inputs):
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(lambda gradient: note(gradient, name, "backward"))
-
-        def after(_, inputs, outputs):
-            note(outputs, name, "forward")
-
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-    handles = [handle for name, module in leaves for handle in watch(module, name)]
-    try:
-        attribute()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ("the input volume", "product with the volume")

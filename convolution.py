@@ -1,11 +1,15 @@
-"""Sums over a layer's inputs and outputs, and a fast gradient for convolutions of one channel."""
+"""Sums over a layer's inputs and outputs, and what makes 3D convolutions of volumes fast."""
 
 import itertools
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+
+# a 2×2×4 block of voxels fills the 16 lanes of a vector register
+BLOCK = (2, 2, 4)
 
 
 class Propagate(torch.autograd.Function):
@@ -20,6 +24,27 @@ class Propagate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return ctx.propagate(ctx.saved_tensors[0], gradient), None, None
+
+
+class Bypass(torch.autograd.Function):
+    """Hand a layer's outputs on; on the way back pass the gradient by the layer, unchanged."""
+
+    @staticmethod
+    def forward(ctx, inputs, outputs):
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """Return values (N, C, D, H, W) with the channels innermost if that is faster: on a CPU."""
+    if values.device.type != "cpu":
+        return values
+    if values.shape[1] == 1:  # one channel lies in memory as before; the strides must say so
+        return values.contiguous().squeeze(1).unsqueeze(-1).permute(0, 4, 1, 2, 3)
+    return values.contiguous(memory_format=torch.channels_last_3d)
 
 
 def linear_sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -37,27 +62,32 @@ def transposed_sums(layer: nn.Module, inputs: Tensor, weight: Tensor, outputs: T
         return outputs @ weight
     if is_plain_one_channel(layer):
         return one_channel_input_gradient(weight, outputs)
+    weight, outputs = channels_last(weight), channels_last(outputs)
     return torch.nn.grad.conv3d_input(
         inputs.shape, weight, outputs, layer.stride, layer.padding, layer.dilation, layer.groups
     )
 
 
-def is_plain_one_channel(layer: nn.Module) -> bool:
-    """Tell whether a layer is a Conv3d of one input channel with stride 1 and no padding."""
+def is_plain(layer: nn.Module) -> bool:
+    """Tell whether a layer is a Conv3d with stride 1 and no padding."""
     return (
         isinstance(layer, nn.Conv3d)
-        and layer.in_channels == 1
         and layer.stride == layer.dilation == (1, 1, 1)
         and layer.padding == (0, 0, 0)
     )
+
+
+def is_plain_one_channel(layer: nn.Module) -> bool:
+    """Tell whether a layer is a Conv3d of one input channel with stride 1 and no padding."""
+    return is_plain(layer) and layer.in_channels == 1
 
 
 def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
     """Return the gradient of a convolution with respect to its single input channel.
 
     Library kernels run at a fraction of their speed where one channel is all they write. Here the
-    voxels of each 2×2×2 block of the result are eight channels of one convolution with stride 2,
-    its kernels one voxel wider: the same sums.
+    voxels of each block of the result are the channels of one convolution with the block's sides
+    as stride, its kernels wider by them: the same sums.
 
     Parameters
     ----------
@@ -71,26 +101,43 @@ def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
     Tensor, shape (N, 1, D, H, W)
     """
     kernel = weight.shape[2:]
-    sides = [n + k - 1 for n, k in zip(outputs.shape[2:], kernel, strict=True)]
-    wide = weight.new_zeros(8, weight.shape[0], *(k + 1 for k in kernel))
-    for channel, corner in enumerate(itertools.product((0, 1), repeat=3)):
+    wide_kernel = [k + b - 1 for k, b in zip(kernel, BLOCK, strict=True)]
+    wide = weight.new_zeros(prod(BLOCK), weight.shape[0], *wide_kernel)
+    for channel, corner in enumerate(itertools.product(*map(range, BLOCK))):
         window = tuple(slice(c, c + k) for c, k in zip(corner, kernel, strict=True))
         wide[(channel, slice(None), *window)] = weight[:, 0].flip(1, 2, 3)
-    odd = [side % 2 for side in sides]
-    if any(odd):
-        outputs = functional.pad(outputs, (0, odd[2], 0, odd[1], 0, odd[0]))
-    blocks = functional.conv3d(outputs, wide, stride=2, padding=tuple(k - 1 for k in kernel))
+    sides = [n + k - 1 for n, k in zip(outputs.shape[2:], kernel, strict=True)]
+    # whole blocks cover the result and a margin on both sides: padding a copy would cost more
+    margins = [(-side % b + 1) // 2 for side, b in zip(sides, BLOCK, strict=True)]
+    padding = tuple(k - 1 + margin for k, margin in zip(kernel, margins, strict=True))
+    outputs = channels_last(outputs)
+    blocks = functional.conv3d(outputs, channels_last(wide), stride=BLOCK, padding=padding)
     n_scans, _, *n_blocks = blocks.shape
-    voxels = blocks.view(n_scans, 2, 2, 2, *n_blocks).permute(0, 4, 1, 5, 2, 6, 3)
-    even_sides = [2 * n for n in n_blocks]
-    depth, height, width = sides
-    return voxels.reshape(n_scans, 1, *even_sides)[:, :, :depth, :height, :width]
+    voxels = blocks.contiguous().view(n_scans, *BLOCK, *n_blocks).permute(0, 4, 1, 5, 2, 6, 3)
+    covered = [n * b for n, b in zip(n_blocks, BLOCK, strict=True)]
+    inner = tuple(slice(m, m + side) for m, side in zip(margins, sides, strict=True))
+    return voxels.reshape(n_scans, 1, *covered)[(..., *inner)]
 
 
-def hook_fast_input_gradients(model: nn.Module) -> list[RemovableHandle]:
-    """Give a model's one-channel convolutions the fast gradient; return the hooks' handles."""
+def hook_convolutions(model: nn.Module, same_rounding: bool) -> list[RemovableHandle]:
+    """Make a model's convolutions fast; return the hooks' handles.
 
-    def replace(layer, inputs, outputs):
+    Parameters
+    ----------
+    model : Module
+        Its one-channel convolutions get the fast gradient and write channels-last.
+    same_rounding : bool
+        Give the others contiguous inputs, so that logits and winners of pooling windows are those
+        of the model itself, bit for bit; channels-last they are faster but round in other ways.
+    """
+
+    def write_channels_last(layer, inputs):
+        return channels_last(inputs[0])
+
+    def make_contiguous(layer, inputs):
+        return inputs[0].contiguous()
+
+    def replace_gradient(layer, inputs, outputs):
         if not inputs[0].requires_grad:
             return outputs
 
@@ -99,5 +146,11 @@ def hook_fast_input_gradients(model: nn.Module) -> list[RemovableHandle]:
 
         return Propagate.apply(inputs[0], outputs.detach(), propagate)
 
-    layers = [module for module in model.modules() if is_plain_one_channel(module)]
-    return [layer.register_forward_hook(replace) for layer in layers]
+    handles = []
+    for layer in [module for module in model.modules() if isinstance(module, nn.Conv3d)]:
+        if is_plain_one_channel(layer):
+            handles.append(layer.register_forward_pre_hook(write_channels_last))
+            handles.append(layer.register_forward_hook(replace_gradient))
+        elif same_rounding:
+            handles.append(layer.register_forward_pre_hook(make_contiguous))
+    return handles

@@ -12,23 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convolution import is_plain_one_channel, transposed_sums
+from convolution import channels_last, is_plain_one_channel, transposed_sums
+from rest import Rest, has_parts
 
 SAME_LOGITS = 1e-3  # relative: what rounding may make of two ways to one logit
 
 
-class _Rest(nn.Module):
-    """The network from its first pooling on, as a function of α·max-pool(u)."""
+class _ShiftedReLU(nn.Module):
+    """What the first block does to α·max-pool(u)."""
 
-    def __init__(self, model: nn.Module, shift: Tensor):
+    def __init__(self, shift: Tensor):
         super().__init__()
-        self.features, self.classifier = model.features[4:], model.classifier
         self.shift = shift
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return logits (N, n_classes) for pooled volumes (N, C, d, h, w)."""
-        features = self.features(functional.relu(pooled + self.shift))
-        return self.classifier(torch.flatten(features, 1))
+        """Return the values (N, C, d, h, w) that enter the second block."""
+        return functional.relu(pooled + self.shift)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class FirstBlock:
     @torch.no_grad()
     def pooled(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Return max-pool(u) of volumes (N, 1, D, H, W), and which voxel won each window."""
-        scaled = functional.conv3d(volume, self.weight)
+        scaled = functional.conv3d(channels_last(volume), self.weight)
         return functional.max_pool3d(scaled, self.pooling, return_indices=True)
 
     @torch.no_grad()
@@ -90,12 +89,12 @@ def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
     volume : Tensor, shape (N, 1, D, H, W)
         On it, the block and the rest must give the model's own logits.
     """
-    features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
-    if not (isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential)):
+    if not has_parts(model):
         return None
-    if [type(m) for m in features[:4]] != [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]:
+    first_layers = model.features[:4]
+    if [type(m) for m in first_layers] != [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]:
         return None
-    convolution, norm, _, pooling = features[:4]
+    convolution, norm, _, pooling = first_layers
     if not (is_plain_one_channel(convolution) and is_plain_pooling(pooling)):
         return None
     if convolution.bias is None or norm.running_var is None or norm.weight is None:
@@ -103,7 +102,7 @@ def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
     scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps)).detach()
     shift = ((convolution.bias - norm.running_mean) * scale + norm.bias).detach()
     weight = convolution.weight.detach() * scale.view(-1, 1, 1, 1, 1)
-    rest = _Rest(model, shift.view(1, -1, 1, 1, 1)).eval()
+    rest = Rest(model, len(first_layers), _ShiftedReLU(shift.view(1, -1, 1, 1, 1)))
     block = FirstBlock(convolution, weight, pooling.kernel_size, rest)
     with torch.no_grad():
         expected, found = model(volume), rest(block.pooled(volume)[0])

@@ -1,21 +1,16 @@
-"""Rules of layer-wise relevance propagation for captum: β-rule, identity, winner takes all."""
+"""Layer-wise relevance propagation in one pass of captum: β-rule, identity, winner takes all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from captum.attr import LRP
 from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
 
-from convolution import Propagate, linear_sums, transposed_sums
+from convolution import Bypass, Propagate, channels_last, is_plain, linear_sums, transposed_sums
 
 STABILIZER = 1e-6  # added to a denominator with the denominator's own sign
-
-
-def stabilized_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return numerator / denominator, 0 where the denominator is exactly 0."""
-    ratio = torch.add(denominator, torch.sign(denominator), alpha=STABILIZER)
-    torch.div(numerator, ratio, out=ratio)
-    return ratio.masked_fill_(denominator == 0, 0)
+SLAB = 2**23  # neurons of a convolution taken at a time: bounds the memory
 
 
 def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: float) -> Tensor:
@@ -40,41 +35,57 @@ def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: fl
     ----------
     Bach et al., PLOS ONE 10(7):e0130140, 2015, doi:10.1371/journal.pone.0130140
     """
-    positive_weight, negative_weight = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    # an input below 0 swaps the kinds: z_ij is positive where both signs agree
-    parts = [(inputs.clamp(min=0), positive_weight, negative_weight)]
+    if isinstance(layer, nn.Conv3d):
+        inputs, relevance = channels_last(inputs), channels_last(relevance)
+    positive, negative = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+    kinds = [(inputs, positive, negative)]
     if (inputs < 0).any():
-        parts.append((inputs.clamp(max=0), negative_weight, positive_weight))
+        # an input below 0 swaps the kinds: z_ij is positive where both signs agree
+        below, above = inputs.clamp(max=0), inputs.clamp(min=0)
+        kinds = [(above, positive, negative), (below, negative, positive)]
+    result = torch.zeros_like(inputs)
+    for of_outputs, of_inputs in _slabs(layer, relevance):
+        parts = [(part[of_inputs], agreeing, opposing) for part, agreeing, opposing in kinds]
+        shares = _shares(layer, parts, relevance[of_outputs], beta)
+        for part, *weights in parts:
+            for weight, share in zip(weights, shares, strict=True):
+                result[of_inputs].addcmul_(part, transposed_sums(layer, part, weight, share))
+    return result
+
+
+def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return what each neuron sends back per unit of z⁺ and of z⁻."""
     z_positive = sum(linear_sums(layer, part, agreeing) for part, agreeing, _ in parts)
     z_negative = sum(linear_sums(layer, part, opposing) for part, _, opposing in parts)
-    weight_of_positive = 1 + beta * (z_negative != 0).to(relevance.dtype)
-    weight_of_negative = 1 - (1 + beta) * (z_positive != 0).to(relevance.dtype)
-    share_positive = stabilized_ratio(weight_of_positive * relevance, z_positive)
-    share_negative = stabilized_ratio(weight_of_negative * relevance, z_negative)
-    return sum(
-        part
-        * (
-            transposed_sums(layer, part, agreeing, share_positive)
-            + transposed_sums(layer, part, opposing, share_negative)
-        )
-        for part, agreeing, opposing in parts
-    )
+    no_positive, no_negative = z_positive == 0, z_negative == 0
+    share_positive = torch.where(no_negative, relevance, (1 + beta) * relevance)
+    share_positive.div_(z_positive.add_(STABILIZER)).masked_fill_(no_positive, 0)
+    share_negative = torch.where(no_positive, relevance, -beta * relevance)
+    share_negative.div_(z_negative.sub_(STABILIZER)).masked_fill_(no_negative, 0)
+    return share_positive, share_negative
 
 
-class _OwnBackward(PropagationRule):
-    """A captum rule that computes a layer's relevance itself and never touches its weights."""
+def _slabs(layer: nn.Module, outputs: Tensor) -> Iterator[tuple]:
+    """Cut a layer's outputs into slabs; yield the indices of each and of the inputs it sees."""
+    if not is_plain(layer):
+        yield ..., ...
+        return
+    n_planes, all_of = outputs.shape[2], slice(None)
+    thickness = max(1, SLAB // outputs[:, :, 0].numel())
+    for first in range(0, n_planes, thickness):
+        last = min(first + thickness, n_planes)
+        seen = slice(first, last + layer.kernel_size[0] - 1)
+        yield (all_of, all_of, slice(first, last)), (all_of, all_of, seen)
 
-    def forward_hook_weights(self, module, inputs, outputs):
-        """Leave the weights as they are."""
 
-    def forward_pre_hook_activations(self, module, inputs):
-        """Leave the inputs as they are: no weight was changed, so they are the right ones."""
+class _Rule(PropagationRule):
+    """A captum rule that takes a layer's place on the way back and never touches its weights."""
 
     def _manipulate_weights(self, module, inputs, outputs):
         """Leave the weights as they are."""
 
 
-class BetaRule(_OwnBackward):
+class BetaRule(_Rule):
     """The β-rule as a captum propagation rule for Conv3d and Linear; see `beta_relevance`."""
 
     def __init__(self, beta: float):
@@ -89,15 +100,15 @@ class BetaRule(_OwnBackward):
         return Propagate.apply(inputs[0], outputs.detach(), propagate)
 
 
-class IdentityRule(_OwnBackward):
+class IdentityRule(_Rule):
     """Pass relevance through unchanged, for layers with one output per input."""
 
     def forward_hook(self, module, inputs, outputs):
         """Cut the layer out of the gradient's way."""
-        return Propagate.apply(inputs[0], outputs.detach(), lambda _, relevance: relevance)
+        return Bypass.apply(inputs[0], outputs.detach())
 
 
-class WinnerTakesAllRule(_OwnBackward):
+class WinnerTakesAllRule(_Rule):
     """Give a pooling window's relevance to its largest voxel: the gradient of max-pooling."""
 
     def forward_hook(self, module, inputs, outputs):
@@ -108,5 +119,29 @@ RULES: dict[type, Callable[[float], PropagationRule]] = {
     nn.Conv3d: BetaRule,
     nn.Linear: BetaRule,
     nn.BatchNorm3d: lambda beta: IdentityRule(),
+    nn.ReLU: lambda beta: IdentityRule(),
+    nn.Dropout: lambda beta: IdentityRule(),
     nn.MaxPool3d: lambda beta: WinnerTakesAllRule(),
-}  # captum itself passes relevance through ReLU and Dropout
+}
+
+
+class OnePassLRP(LRP):
+    """captum's LRP without its first forward pass, for models whose every layer has a rule of ours.
+
+    captum runs a model once more to let rules change weights, and to scale the finished relevance
+    by the logit. These rules change none, and relevance starts as the logit.
+    """
+
+    def _compute_output_and_change_weights(self, inputs, target, additional_forward_args):
+        """Return the factor of the finished relevance, without a pass."""
+        return inputs[0].new_ones(len(inputs[0]))
+
+    def _register_forward_hooks(self):
+        """Hook every rule; captum's own way with activations copies their inputs."""
+        for layer in self.layers:
+            self.forward_handles.append(layer.register_forward_hook(layer.rule.forward_hook))
+
+    def _forward_fn_wrapper(self, *inputs):
+        """Run the model; relevance starts as the logit instead of 1."""
+        logits = super()._forward_fn_wrapper(*inputs)
+        return Propagate.apply(logits, logits.detach(), lambda values, start: values * start)
