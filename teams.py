@@ -105,7 +105,9 @@ class SharedBatchNorm3d(nn.BatchNorm3d):
 
     def __init__(self, layer: nn.BatchNorm3d, team: Team):
         super().__init__(layer.num_features, layer.eps, layer.momentum)
-        self.load_state_dict(layer.state_dict())
+        self.weight, self.bias = layer.weight, layer.bias  # those that the optimiser knows
+        self.running_mean, self.running_var = layer.running_mean, layer.running_var
+        self.num_batches_tracked = layer.num_batches_tracked
         self.team = team
 
     def forward(self, inputs: Tensor) -> Tensor:
