@@ -435,7 +435,7 @@ def test_page_of_hostile_names(run_path, tmp_path):
     # with its folder, the first map's name is "</script><img …>"
     for folder in ("<", "<!--<script>"):
         (tmp_path / folder).mkdir()
-        name = "script><img src=x onerror=alert(1)>$\\frac_all.nii.gz"
+        name = "script><img src=x onerror=alert(1)>$\\frac$_all.nii.gz"
         paths.append(save_scan(tmp_path / folder / name, make_volume(3, 0)))
     reference_path = save_scan(tmp_path / "<i>\udcff.nii.gz", (make_volume(0, 1) > 1.05) * 1.0)
     atlas_path = save_scan(tmp_path / "atlas.nii.gz", (make_volume(0, 0) > 0) * 1.0)
