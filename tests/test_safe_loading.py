@@ -367,6 +367,31 @@ def test_hostile_sidecar(inputs, tmp_path, refusal, value):
     assert not (tmp_path / "out").exists()
 
 
+def save_huge(path: Path) -> None:
+    """Write a small NIfTI file that claims 32767³ voxels."""
+    header = nib.Nifti1Header()
+    header["dim"] = [3, 32767, 32767, 32767, 1, 1, 1, 1]
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    path.write_bytes(header.binaryblock + bytes(1000))
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (save_huge, "holds fewer voxels than its header says"),
+        (lambda path: nib.save(nib.gifti.GiftiImage(), path), "is not a volume but a GiftiImage"),
+        (lambda path: save_scan(path, np.ones((*SHAPE, 2))), "is not a 3D volume but has shape"),
+        (lambda path: save_scan(path, make_volume(0, 0) * 1j), "voxels of type complex"),
+    ],
+    ids=["huge", "surface", "4d", "complex"],
+)
+def test_hostile_maps(inputs, tmp_path, refusal, save, message):
+    path = tmp_path / ("x.gii" if "Gifti" in message else "x.nii")
+    save(path)
+    arguments = ["--maps", path, *inputs[2:], "--outpath", tmp_path / "out"]
+    assert f"map {path} " in (found := refusal(compare, arguments)) and message in found
+
+
 def test_what_files_name_is_not_followed(inputs, run_path, tmp_path, monkeypatch):
     """A sidecar's background and a record's paths are not opened; a text is no picture."""
     secret_path = tmp_path / "secret.nii.gz"
