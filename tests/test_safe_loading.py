@@ -369,6 +369,31 @@ def test_hostile_sidecar(inputs, tmp_path, refusal, value):
     assert not (tmp_path / "out").exists()
 
 
+def save_huge(path: Path) -> None:
+    """Write a small NIfTI file that claims 32767³ voxels."""
+    header = nib.Nifti1Header()
+    header["dim"] = [3, 32767, 32767, 32767, 1, 1, 1, 1]
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    path.write_bytes(header.binaryblock + bytes(1000))
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (save_huge, "holds fewer voxels than its header says"),
+        (lambda path: nib.save(nib.gifti.GiftiImage(), path), "is not a volume but a GiftiImage"),
+        (lambda path: save_scan(path, np.ones((*SHAPE, 2))), "is not a 3D volume but has shape"),
+        (lambda path: save_scan(path, make_volume(0, 0) * 1j), "voxels of type complex"),
+    ],
+    ids=["huge", "surface", "4d", "complex"],
+)
+def test_hostile_maps(inputs, tmp_path, refusal, save, message):
+    path = tmp_path / ("x.gii" if "Gifti" in message else "x.nii")
+    save(path)
+    arguments = ["--maps", path, *inputs[2:], "--outpath", tmp_path / "out"]
+    assert f"map {path} " in (found := refusal(compare, arguments)) and message in found
+
+
 def test_what_files_name_is_not_followed(inputs, run_path, tmp_path, monkeypatch):
     """A sidecar's background and a record's paths are not opened; a text is no picture."""
     secret_path = tmp_path / "secret.nii.gz"
@@ -437,9 +462,9 @@ def test_page_of_hostile_names(run_path, tmp_path):
     # with its folder, the first map's name is "</script><img …>"
     for folder in ("<", "<!--<script>"):
         (tmp_path / folder).mkdir()
-        name = "script><img src=x onerror=alert(1)>$\\frac_all.nii.gz"
+        name = "script><img src=x onerror=alert(1)>$\\frac$_all.nii.gz"
         paths.append(save_scan(tmp_path / folder / name, make_volume(3, 0)))
-    reference_path = save_scan(tmp_path / "<i>r.nii.gz", (make_volume(0, 1) > 1.05) * 1.0)
+    reference_path = save_scan(tmp_path / "<i>\udcff.nii.gz", (make_volume(0, 1) > 1.05) * 1.0)
     atlas_path = save_scan(tmp_path / "atlas.nii.gz", (make_volume(0, 0) > 0) * 1.0)
     pd.DataFrame({"number": [1], "name": [MARKUP]}).to_csv(tmp_path / "<u>.csv", index=False)
     argv = [
