@@ -106,7 +106,7 @@ def make_loader(
         batch_size=args.batch,
         sampler=shuffled if part == "train" else None,
         generator=torch.Generator(),
-        collate_fn=None if n_workers else dataset.stack_scans,
+        collate_fn=None if n_workers else dataset.BatchStacker(),
         num_workers=n_workers,
         persistent_workers=n_workers > 0,
         pin_memory=device.type == "cuda",
