@@ -174,3 +174,16 @@ def test_dataset_counts_nonfinite_voxels_in_any_process(folder, n_workers):
     for volumes, _, _ in torch.utils.data.DataLoader(scans, 2, num_workers=n_workers):
         assert torch.isfinite(volumes).all()
     assert scans.n_nonfinite.tolist() == [0, 2, 0, 0]
+
+
+def test_batches_keep_their_volumes_and_give_their_memory_back(cohort_csv):
+    cohort = dataset.read_cohort(cohort_csv)
+    scans = dataset.ScanDataset(cohort.table, np.arange(8))
+    loader = torch.utils.data.DataLoader(scans, 3, collate_fn=dataset.BatchStacker())
+    plain = list(torch.utils.data.DataLoader(scans, 3))
+    for held in (list(loader), list(loader)):
+        for found, expected in zip(held, plain, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    del held, found
+    addresses = {volumes.data_ptr() for _ in range(5) for volumes, _, _ in loader}
+    assert len(addresses) <= 3
