@@ -37,6 +37,7 @@ import maps
 import models
 import pictures
 import ranks
+import rehearsal
 import report
 import runs
 import trained_run
@@ -79,6 +80,8 @@ def start_methods(
     kinds = {method: kind_of(args, method) for method in args.method}
     for kind in kinds.values():  # says what is wrong before anything is written
         runs.open_run(args, cohort, record, kind)
+    if args.dry_run:
+        return {}
     return {method: runs.start_run(args, cohort, record, kind)[0] for method, kind in kinds.items()}
 
 
@@ -166,6 +169,24 @@ def explain_fold(
     for gathering in (*results.values(), mean_scan):
         gathering.gather(cohort.volume_shape)
     return results, mean_scan
+
+
+def rehearse(
+    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Print what the run would take, from maps of the first scan."""
+    n_at_once = dict.fromkeys(args.method, args.batch)
+    explainer = explaining.Explainer(model, method_options(args), n_at_once)
+    path = cohort.table["path"].iloc[0]
+    explain = {
+        method: lambda volume, target, method=method: explainer.maps(method, volume, target, [path])
+        for method in args.method
+    }
+    n_scans = sum(len(fold.rows) for fold in plan)
+    n_maps = (len(maps.OUTCOMES) + 1 if args.by_outcome else 1) * (len(plan) + 1)
+    n_maps += n_scans if args.save_subjects else 0
+    print(rehearsal.describe_explaining(cohort, explain, n_scans, n_maps, device, args.outpath))
 
 
 def work_on_fold(
@@ -293,6 +314,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="explain this fold only; whoever finishes the last one puts all together")
     option("--overwrite", action="store_true", help="start anew where --outpath holds other maps")
+    option("--dry-run", action="store_true",
+           help="check everything, say what it would take, and write nothing")
     option("--workers", type=number(int, at_least=0), default=1,
            help="processes that read scans; 0: the main process reads")
     # fmt: on
@@ -314,6 +337,8 @@ def main(args: argparse.Namespace) -> None:
         files.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
 
     records = ranks.from_first(lambda: start_methods(args, cohort, plan))
+    if args.dry_run:
+        return rehearse(args, cohort, plan, model, device)
     utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)

@@ -35,10 +35,12 @@ import metrics
 import models
 import pictures
 import ranks
+import rehearsal
 import runs
 import teams
 import utils
 import volume_cache
+import volume_file
 from errors import InputError, RunError, is_out_of_memory
 from locks import one_writer
 from teams import Team
@@ -208,12 +210,17 @@ def only_worker(args: argparse.Namespace, fold: int, team: Team) -> Iterator[boo
         try:
             yield team.gathered(not fold_state.is_finished(args.outpath, fold))[0]
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"out of memory in fold {fold}: use less than --batch {args.batch} ({reason})"
-            ) from None
+            raise_without_memory(error, args, f"fold {fold}")
+
+
+def raise_without_memory(error: RuntimeError, args: argparse.Namespace, place: str) -> None:
+    """Raise an error again, one of missing memory as a RunError that says what to do."""
+    if not is_out_of_memory(error):
+        raise error
+    reason = str(error).splitlines()[0]
+    raise RunError(
+        f"out of memory in {place}: use less than --batch {args.batch} ({reason})"
+    ) from None
 
 
 # All folds
@@ -253,8 +260,35 @@ def start_run(
     _, is_new = runs.open_run(args, cohort, record, RUN)
     if not args.no_cache and (is_new or unfinished_folds(args)):
         volume_cache.check_room(cohort, cache_folder)
-    record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    if not args.dry_run:
+        record, splits = runs.start_run(args, cohort, record, RUN, splits)
     return record, splits, unfinished_folds(args)
+
+
+def rehearse(
+    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, device: torch.device
+) -> None:
+    """Print what the run would take, from a training step on the first scans."""
+    model = models.build_model(args.model, cohort.volume_shape).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
+
+    def step(volumes: torch.Tensor, labels: torch.Tensor) -> None:
+        batch = [(volumes, labels, None)]
+        train_epoch(model, batch, nn.CrossEntropyLoss(), optimizer, device, args.precision)
+
+    def predict_batch(volumes: torch.Tensor) -> None:
+        predict(model, [(volumes, torch.zeros(1), torch.zeros(1))], device, Team())
+
+    n_bytes = 0 if args.no_cache else len(cohort.table) * volume_file.bytes_of_scan(cohort)
+    try:
+        print(
+            rehearsal.describe_training(
+                model, cohort, splits, args.batch, n_bytes / 1e9, step, predict_batch, device,
+                args.outpath,
+            )
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise_without_memory(error, args, "a training step")
 
 
 def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
@@ -312,6 +346,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--precision", choices=utils.PRECISIONS, default="fp32",
            help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
            "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
+    option("--dry-run", action="store_true",
+           help="check everything, say what it would take, and write nothing")
     option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
     option("--overwrite", action="store_true", help="start anew where --outpath holds another run")
     # fmt: on
@@ -328,6 +364,8 @@ def main(args: argparse.Namespace) -> None:
     cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
 
     record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, device, cache_folder))
+    if args.dry_run:
+        return rehearse(args, cohort, splits, device)
     utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",

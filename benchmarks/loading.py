@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
+import loading
 import utils
 import volume_cache
 import volume_file
@@ -58,7 +59,7 @@ def measure(shape: tuple[int, int, int], n_scans: int, n_epochs: int, n_workers:
     with tempfile.TemporaryDirectory() as name:
         cohort = write_cohort(Path(name), shape, n_scans)
         folder = volume_cache.locate(cohort, Path(name), None)
-        stack = dataset.BatchStacker()
+        stack = loading.BatchStacker()
 
         def plain() -> None:
             for file in cohort.table["file"]:

@@ -10,6 +10,7 @@ from conftest import AFFINE, SHAPE, make_volume, save_scan, write_cohort
 from nibabel.arrayproxy import ArrayProxy
 
 import dataset
+import loading
 import scan_files
 from errors import InputError, RunError
 
@@ -179,7 +180,7 @@ def test_dataset_counts_nonfinite_voxels_in_any_process(folder, n_workers):
 def test_batches_keep_their_volumes_and_give_their_memory_back(cohort_csv):
     cohort = dataset.read_cohort(cohort_csv)
     scans = dataset.ScanDataset(cohort.table, np.arange(8))
-    loader = torch.utils.data.DataLoader(scans, 3, collate_fn=dataset.BatchStacker())
+    loader = torch.utils.data.DataLoader(scans, 3, collate_fn=loading.BatchStacker())
     plain = list(torch.utils.data.DataLoader(scans, 3))
     for held in (list(loader), list(loader)):
         for found, expected in zip(held, plain, strict=True):
