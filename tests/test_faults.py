@@ -148,10 +148,9 @@ def test_a_disk_that_fills_damages_nothing(cohort_csv, run_path, small_disk):
         process.terminate()
     ballast = small_disk / "ballast"
     before = files.load_torch(small_disk / "run" / "checkpoint_f0.pt")
-    with ballast.open("wb") as file, pytest.raises(OSError, match="space"):
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(bytes(4096))
-            file.flush()
     with start("train_cv.py", *arguments, "--epochs", "500", "--patience", "500") as process:
         _, message = process.communicate(timeout=60)
     assert process.returncode == 1
