@@ -6,6 +6,7 @@ Under torchrun the ranges are shared among the processes, and so are the folds.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import blas
 from sklearn.svm import SVC
 
 import ranks
@@ -54,14 +55,16 @@ def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
     """
     n_scans = volumes.n_scans
     log.info("the Gram matrix of %d scans takes %.3g GB of memory", n_scans, 8 * n_scans**2 / 1e9)
-    gram = np.zeros((n_scans, n_scans))
+    gram = np.zeros((n_scans, n_scans), order="F")
     mean = np.zeros(volumes.n_voxels, dtype=np.float32)
     for start, stop in progress(voxel_ranges(volumes), "Gram matrix", unit="block"):
         block = volumes.read(start, stop).astype(np.float64)
         mean[start:stop] = block.mean(0)
         block -= block.mean(0)
-        gram += block @ block.T
-    ranks.add_up(gram)
+        gram = blas.dsyrk(1, block.T, beta=1, c=gram, trans=True, overwrite_c=True)
+    for row in range(n_scans):  # dsyrk fills what is right of the diagonal, in place
+        gram[row + 1 :, row] = gram[row, row + 1 :]
+    ranks.add_up(gram.T)
     ranks.add_up(mean)
     return gram, mean
 

@@ -88,7 +88,9 @@ def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -
     return pd.DataFrame(draws).quantile([tail, 1 - tail])
 
 
-def gather_predictions(outpath: Path, folds: Iterable[int], paths: pd.Series) -> pd.DataFrame:
+def gather_predictions(
+    outpath: Path, folds: Iterable[int], paths: pd.Series, columns: dict = PREDICTION_COLUMNS
+) -> pd.DataFrame:
     """Return all folds' predictions in the cohort's order, from predictions_f*.csv.
 
     Parameters
@@ -97,6 +99,8 @@ def gather_predictions(outpath: Path, folds: Iterable[int], paths: pd.Series) ->
     folds : iterable of int
     paths : Series
         The cohort's scans.
+    columns : dict of str to type
+        Of the files.
 
     Raises
     ------
@@ -104,7 +108,7 @@ def gather_predictions(outpath: Path, folds: Iterable[int], paths: pd.Series) ->
         If a file is damaged, or a scan is not predicted exactly once.
     """
     table = pd.concat(
-        files.read_csv(outpath / f"predictions_f{fold}.csv", PREDICTION_COLUMNS) for fold in folds
+        files.read_csv(outpath / f"predictions_f{fold}.csv", columns) for fold in folds
     )
     if sorted(table["path"], key=str) != sorted(paths):
         raise InputError(f"{outpath / 'predictions_f*.csv'} do not predict each scan exactly once")

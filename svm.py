@@ -158,7 +158,9 @@ def assemble(
     args: argparse.Namespace, cohort: dataset.Cohort, n_folds: int
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Put the folds together from their files; return the metrics and the paths of the maps."""
-    predictions = metrics.gather_predictions(args.outpath, range(n_folds), cohort.table["path"])
+    columns = metrics.PREDICTION_COLUMNS | {"decision": float}
+    paths = cohort.table["path"]
+    predictions = metrics.gather_predictions(args.outpath, range(n_folds), paths, columns)
     table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
     files.write_csv(args.outpath / "predictions.csv", predictions)
     files.write_csv(args.outpath / "metrics.csv", table)

@@ -145,9 +145,11 @@ def select_device(name: str | None) -> torch.device:
     InputError
         If there is no such device; a GPU that is not there is never replaced by the CPU.
     """
+    n_gpus, local_rank = torch.cuda.device_count(), ranks.local_rank()
     if name is None:
-        first = f"cuda:{ranks.local_rank()}"
-        return torch.device(first if torch.cuda.is_available() else "cpu")
+        if 0 < n_gpus <= local_rank:
+            raise InputError(f"this host has {n_gpus} GPUs: use --nproc-per-node {n_gpus}")
+        return torch.device(f"cuda:{local_rank}" if n_gpus else "cpu")
     try:
         device = torch.device(f"cuda:{name}" if name.isdigit() else name)
     except RuntimeError:
@@ -159,6 +161,8 @@ def select_device(name: str | None) -> torch.device:
             f"--device {name}: there is no such GPU here ({torch.cuda.device_count()} found); "
             "use --device cpu to run on the CPU"
         )
+    if ranks.world_size() > 1:
+        raise InputError("leave --device out under torchrun: each process takes a GPU of its own")
     return torch.device("cuda", device.index or 0)
 
 

@@ -1,0 +1,100 @@
+"""Seconds and memory of what grows with the cohort, from the checks to the Gram matrix.
+
+    python3 benchmarks/large_cohort.py           # 500 and 2,000 scans
+    python3 benchmarks/large_cohort.py --full    # up to 50,000 scans
+
+Scans are links to one small file, so that what is measured is the bookkeeping, not the voxels. Each
+size runs in a process of its own; memory is that process's peak so far. The Gram matrix of 50,000
+scans takes 20 GB: it is computed up to 10,000.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import dataset
+import folds
+import linear_svm
+import maps
+import volume_cache
+
+SHAPE = (22, 24, 23)
+QUICK_SIZES, FULL_SIZES = (500, 2000), (1000, 5000, 10_000, 50_000)
+MAX_GRAM_SCANS = 10_000
+
+
+def write_cohort(folder: Path, n_scans: int) -> Path:
+    """Write one scan, link it n_scans times, and list the links; return the CSV."""
+    data = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), folder / "scan.nii")
+    for index in range(n_scans):
+        os.link(folder / "scan.nii", folder / f"{index:05d}.nii")
+    rows = "".join(f"{index:05d}.nii,{index % 2},s{index // 2}\n" for index in range(n_scans))
+    (folder / "data.csv").write_text(rows)
+    return folder / "data.csv"
+
+
+def measure(n_scans: int, folder: Path, queue: multiprocessing.Queue) -> None:
+    """Put (step, seconds, peak memory in GB) of each step."""
+    csv_path = write_cohort(folder, n_scans)
+    start = time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal start
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        queue.put((step, time.perf_counter() - start, peak_gb))
+        start = time.perf_counter()
+
+    done("idle process")
+    cohort = dataset.read_cohort(csv_path)
+    done("checking")
+    folds.draw_folds(cohort, 5, 0.2, 0)
+    done("folds")
+    with volume_cache.opened(cohort, volume_cache.locate(cohort, folder, None), 2) as volumes:
+        done("decoding")
+        mean = maps.RunningMean()
+        for row in range(n_scans):
+            mean.add(volumes[row])
+        done("mean over scans")
+        if n_scans <= MAX_GRAM_SCANS:
+            linear_svm.gram_matrix(volumes)
+            done("Gram matrix")
+    queue.put(None)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table."""
+    print("| scans | work | seconds | per 1,000 scans | peak memory, GB |\n" + "|---" * 5 + "|")
+    context = multiprocessing.get_context("spawn")
+    for n_scans in FULL_SIZES if args.full else QUICK_SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            queue = context.Queue()
+            child = context.Process(target=measure, args=(n_scans, Path(name), queue))
+            child.start()
+            for step, seconds, peak_gb in iter(queue.get, None):
+                each = f"{1000 * seconds / n_scans:.3g}"
+                cells = (f"{n_scans:,}", step, f"{seconds:.3g}", each, f"{peak_gb:.2f}")
+                print("| " + " | ".join(cells) + " |", flush=True)
+            child.join()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--full", action="store_true", help="up to 50,000 scans")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
