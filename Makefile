@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo bench bench-full test test-slow lint format clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,15 @@ demo: .venv/ready
 		$(DEMO)/maps/GGC_random_map_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
 		--mask $(DEMO)/cohort/brain.nii.gz \
 		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
+
+# Every script in benchmarks/ is quick as it is, and measures at the paper's size with --full.
+BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
+
+bench: .venv/ready
+	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
+
+bench-full: .venv/ready
+	for script in $(BENCHMARKS); do $(BIN)/python $$script --full || exit 1; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto

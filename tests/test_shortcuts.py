@@ -129,7 +129,7 @@ def test_lrp(family, monkeypatch):
 
 
 def changed(model: CNN3D, change: str) -> CNN3D:
-    """Return a network that lacks what the shortcut of integrated gradients needs."""
+    """Return a network that lacks what a shortcut needs."""
     if change == "padded pooling":
         model.features[3] = nn.MaxPool3d(2, stride=2, padding=1)
     elif change == "no batch norm":
@@ -137,14 +137,18 @@ def changed(model: CNN3D, change: str) -> CNN3D:
     elif change == "other activation":
         model.features[2] = nn.ELU()
     elif change == "something in between":
-        model.forward = lambda x: model.classifier(torch.flatten(model.features(x), 1).sin())
+        model.forward = lambda x: model.classifier(2 * torch.flatten(model.features(x), 1))
+    elif change == "blocks in blocks":
+        model.features = nn.Sequential(model.features[:4], model.features[4:])
+    elif change == "other names":
+        model = nn.Sequential(model.features, nn.Flatten(), model.classifier)
     return model
 
 
 @pytest.mark.parametrize(
     "change", ["padded pooling", "no batch norm", "other activation", "something in between"]
 )
-def test_where_the_structure_is_missing_the_plain_way_is_taken(change, caplog):
+def test_integrated_gradients_take_the_plain_way_where_the_structure_is_missing(change, caplog):
     shape = (22, 24, 23)
     volumes = make_volumes(1, shape)
     model = changed(make_model("T", volumes), change)
@@ -156,3 +160,31 @@ def test_where_the_structure_is_missing_the_plain_way_is_taken(change, caplog):
             found = attribution.integrated_gradients(model, volumes, 0, n_steps=3)
     assert_same_maps(found, expected, 1e-5)
     assert caplog.text.count("every step is a whole pass") == 1
+
+
+@pytest.mark.parametrize("change", ["something in between", "blocks in blocks", "other names"])
+def test_guided_gradcam_takes_the_plain_way_where_the_structure_is_missing(change, caplog):
+    shape = (22, 24, 23)
+    volumes = make_volumes(1, shape)
+    model = changed(make_model("T", volumes), change)
+    attribution._say_once.cache_clear()
+    expected = plain.guided_gradcam(model, volumes, 0)
+    with caplog.at_level("INFO", logger="heatmaps"):
+        for _ in range(2):
+            found = attribution.guided_gradcam(model, volumes, 0)
+    assert_same_maps(found, expected, 1e-5)
+    assert caplog.text.count("two passes") == 1
+
+
+@pytest.mark.parametrize("method", [attribution.lrp, attribution.guided_gradcam])
+def test_winners_and_masks_are_the_models_own(method):
+    """Its logits come out bit for bit, at a width where channels-last kernels round otherwise."""
+    torch.manual_seed(0)
+    volumes = make_volumes(1, (28, 32, 30))
+    model = CNN3D(ModelSpec((5, 5), (2, 2), 24), (28, 32, 30)).eval()
+    expected = model(volumes)
+    seen = []
+    handle = model.register_forward_hook(lambda _, inputs, logits: seen.append(logits.detach()))
+    method(model, volumes, 1)
+    handle.remove()
+    assert len(seen) == 1 and torch.equal(seen[0], expected)

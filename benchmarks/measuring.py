@@ -1,0 +1,193 @@
+"""What the benchmarks share: their options, a case, times in forward passes, peak memory, a table.
+
+The unit is one forward pass (eval, no gradient). In each pair a forward pass, the plain way and
+ours run in turn in one process; figures are medians over the pairs. Peak memory is what one run
+adds to the idle process, measured in a fresh process each.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import timer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import models
+
+Work = Callable[..., Tensor]
+
+QUICK = {"model": "modelA24", "shape": [110, 112, 111], "pairs": 2}  # its smallest side is 110
+FULL = {"model": "modelA24", "shape": [193, 229, 193], "pairs": 1}  # the paper's
+SEED = 1  # no map of either size is empty
+CLOCKS = {"wall": timer, "processor": time.process_time}  # the first waits for the device
+GIB = 2**30
+KIB_PER_GIB = 2**20
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    # fmt: off
+    option("--full", action="store_true", help="the paper's model and size; minutes to hours")
+    option("--model", help="default: modelA24")
+    option("--shape", type=int, nargs=3, metavar="N", help="voxels; default: 110 112 111")
+    option("--pairs", type=int, help="runs of each way; default: 2, with --full 1")
+    option("--device", default="cpu", help="default: cpu")
+    option("--threads", type=int, help="default: one per core")
+    option("--clock", choices=CLOCKS, default="wall",
+           help="processor: of all threads, where other work shares the machine; default: wall")
+    # fmt: on
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; what it leaves out is quick, or the paper's with --full."""
+    args = parser.parse_args(argv)
+    for name, value in (FULL if args.full else QUICK).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def make_case(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """Return a network and a volume with zero background, as skull-stripped scans have."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    model = models.build_model(args.model, tuple(args.shape)).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm3d):  # as after training: weights of either sign
+            nn.init.normal_(module.weight)
+            nn.init.uniform_(module.bias, 0.2, 0.6)
+            nn.init.uniform_(module.running_var, 0.01, 0.05)
+    volume = torch.rand(1, 1, *args.shape)
+    volume[:, :, : args.shape[0] // 8] = 0
+    return model.to(args.device), volume.to(args.device)
+
+
+def seconds(work: Callable[[], object], clock: str) -> float:
+    """Return how long one call takes, until the device is done."""
+    # Timer.timeit would call it twice more to warm up, and some calls take an hour
+    now = CLOCKS[clock]
+    start = now()
+    work()
+    return now() - start
+
+
+def most_resident_gb() -> float:
+    """Return the most memory in GB that this process held since `forget_peak`; Linux tells.
+
+    getrusage would not do: a fresh process starts with the peak of the one that began it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) / KIB_PER_GIB
+
+
+def forget_peak() -> None:
+    """Set the peak to the memory that the process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def as_they_are(model: nn.Module, volume: Tensor) -> tuple:
+    """Return what most ways start from."""
+    return model, volume
+
+
+def added_gb(device: str, work: Work, *case) -> float:
+    """Return the memory in GB that a piece of work adds to this process."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        idle = torch.cuda.memory_allocated(device)
+        work(*case)
+        return (torch.cuda.max_memory_allocated(device) - idle) / GIB
+    forget_peak()
+    idle_gb = most_resident_gb()
+    work(*case)
+    return most_resident_gb() - idle_gb
+
+
+def measure_peak(args: argparse.Namespace, work: Work, prepare: Callable) -> float:
+    """Make a case in a fresh process and return the memory in GB that a piece of work adds."""
+    return added_gb(args.device, work, *prepare(*make_case(args)))
+
+
+def in_fresh_process(function: Callable, *arguments):
+    """Call a function in a process of its own and return what it returns."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compare(
+    args: argparse.Namespace,
+    name: str,
+    ways: tuple[Work, Work],
+    brief_ways: tuple[Work, Work] | None = None,
+    prepare: Callable[[nn.Module, Tensor], tuple] = as_they_are,
+) -> None:
+    """Print a table of the plain way and ours.
+
+    Parameters
+    ----------
+    args : Namespace
+    name : str
+        Of the work.
+    ways : tuple of two callables
+        The plain way and ours, from what is prepared to a map.
+    brief_ways : tuple of two callables, optional
+        Shorter ones that need as much memory.
+    prepare : callable
+        From a model and a volume to the arguments of the ways; not measured.
+    """
+    model, volume = make_case(args)
+    case = prepare(model, volume)
+    maps: dict[Work, Tensor] = {}
+
+    @torch.no_grad()
+    def forward():
+        return model(volume)
+
+    def run(work: Work):
+        maps[work] = work(*case).detach()
+
+    works = [forward, *(functools.partial(run, work) for work in ways)]
+    forward()
+    rows = [[seconds(work, args.clock) for work in works] for _ in range(args.pairs)]
+    unit_s = statistics.median(row[0] for row in rows)
+    in_units = [statistics.median(row[column] / row[0] for row in rows) for column in (1, 2)]
+    ratio = statistics.median(row[1] / row[2] for row in rows)
+    expected, found = (maps[work] for work in ways)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    correlation = float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1])
+    peaks = [in_fresh_process(measure_peak, args, work, prepare) for work in brief_ways or ways]
+    print(
+        f"{args.model}, {'×'.join(map(str, args.shape))}, {args.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"pairs: {args.pairs}, {args.clock} time; "
+        f"one forward pass {unit_s:.2f} s\n"
+    )
+    print_table(
+        ["in forward passes", "plain", "ours", "ratio", "peak GB, plain", "peak GB, ours",
+         "largest difference / maximum", "1 − r"],
+        [[name, *(f"{units:.1f}" for units in in_units), f"{ratio:.1f}",
+          *(f"{peak:.2f}" for peak in peaks), f"{difference:.0e}", f"{1 - correlation:.0e}"]],
+    )  # fmt: skip
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a table in Markdown."""
+    for cells in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(cells) + " |")
+    print(flush=True)
