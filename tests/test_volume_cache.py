@@ -118,7 +118,8 @@ def test_removed_at_the_end_and_shared_with_the_svm(
     run_path, cohort_csv, tmp_path, decoded, monkeypatch
 ):
     """While another process uses it, neither training nor the SVM decodes or removes anything."""
-    monkeypatch.setattr(svm, "write_maps", lambda *_: [])
+    monkeypatch.setattr(svm.pictures, "plot_mosaic", lambda *_: None)
+    monkeypatch.setattr(svm.report, "write_viewer", lambda *_: None)
     cohort, cache_dir = dataset.read_cohort(cohort_csv), tmp_path / "cache"
     more = ("--cache-dir", str(cache_dir))
     folder = volume_cache.locate(cohort, tmp_path, cache_dir)
@@ -225,9 +226,9 @@ def test_a_scan_put_back_as_it_was_is_decoded_anew(cohort, folder, decoded):
 
 def test_voxels_in_a_file_of_their_own_are_watched_too(tmp_path):
     nib.save(nib.Nifti1Pair(make_volume(0, 0), np.eye(4)), tmp_path / "x.hdr")
-    before = volume_file.stamp(str(tmp_path / "x.hdr"))
+    before = scan_files.stamp(str(tmp_path / "x.hdr"))
     os.utime(tmp_path / "x.img", ns=(0, before[1] + 1))
-    assert volume_file.stamp(str(tmp_path / "x.hdr")) != before
+    assert scan_files.stamp(str(tmp_path / "x.hdr")) != before
 
 
 @pytest.mark.parametrize("name", ["index.npy", "volumes.f32"])
