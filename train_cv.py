@@ -48,6 +48,7 @@ PATIENCE = 10
 DELTA = 0.0
 
 VAL_FRACTION = 0.2
+MEMORY_FORMATS = {"cpu": torch.channels_last_3d, "cuda": torch.contiguous_format}  # CPU: faster
 
 
 @dataclass
@@ -78,7 +79,10 @@ class FoldState:
         self.n_stale_epochs = 0 if is_best else self.n_stale_epochs + 1
         if is_best:
             self.best_loss = epoch_record["valid_loss"]
-            self.best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+            self.best_weights = {
+                k: v.cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
         return is_best
 
 
@@ -197,7 +201,8 @@ def train_fold(
         make_loader(cohort, parts, part, args, device, cached) for part in ("train", "val", "test")
     )
     utils.seed_everything(args.seed, fold, 0)
-    model = models.build_model(args.model, cohort.volume_shape).to(device)
+    model = models.build_model(args.model, cohort.volume_shape)
+    model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
     criterion = nn.CrossEntropyLoss()
     checkpoint_path = args.outpath / f"checkpoint_f{fold}.pt"
