@@ -39,7 +39,10 @@ class FoldState:
         self.n_stale_epochs = 0 if is_best else self.n_stale_epochs + 1
         if is_best:
             self.best_loss = epoch_record["valid_loss"]
-            self.best_weights = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+            self.best_weights = {
+                k: v.cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
         return is_best
 
 

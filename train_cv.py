@@ -57,6 +57,7 @@ PATIENCE = 10
 DELTA = 0.0
 
 VAL_FRACTION = 0.2
+MEMORY_FORMATS = {"cpu": torch.channels_last_3d, "cuda": torch.contiguous_format}  # CPU: faster
 
 RUN = runs.RunKind(
     record_name="run.json",
@@ -135,7 +136,8 @@ def train_fold(
         for part in ("train", "val", "test")
     }  # fmt: skip
     utils.seed_everything(args.seed, fold, 0)
-    model = models.build_model(args.model, cohort.volume_shape).to(device)
+    model = models.build_model(args.model, cohort.volume_shape)
+    model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
     checkpoint_path = fold_state.checkpoint_path_of(args.outpath, fold)
     state = fold_state.restore_fold(checkpoint_path, model, optimizer)
@@ -269,7 +271,8 @@ def rehearse(
     args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, device: torch.device
 ) -> None:
     """Print what the run would take, from a training step on the first scans."""
-    model = models.build_model(args.model, cohort.volume_shape).to(device)
+    model = models.build_model(args.model, cohort.volume_shape)
+    model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
 
     def step(volumes: torch.Tensor, labels: torch.Tensor) -> None:

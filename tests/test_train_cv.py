@@ -96,7 +96,9 @@ def test_saved_weights_are_the_best_epochs(run_path, cohort_csv):
     cohort = dataset.read_cohort(cohort_csv)
     splits = pd.read_csv(run_path / "splits.csv")
     model = models.build_model("modelT8", SHAPE).eval()
-    model.load_state_dict(torch.load(run_path / "state_dict_f0.pth", weights_only=True))
+    weights = torch.load(run_path / "state_dict_f0.pth", weights_only=True)
+    assert all(weight.is_contiguous() for weight in weights.values())
+    model.load_state_dict(weights)
 
     def logits_of(part):
         rows = np.flatnonzero(splits["fold_0"] == part)
@@ -209,6 +211,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
 def test_two_workers_change_nothing(run_path, cohort_csv, tmp_path, more):
     train(cohort_csv, tmp_path, "--workers", "2", *more)
     assert contents(tmp_path) == contents(run_path)
+
+
+def test_tf32_is_fp32_on_a_cpu(run_path, cohort_csv, tmp_path):
+    train(cohort_csv, tmp_path, "--precision", "tf32")
+    assert contents(tmp_path) == contents(run_path)
+
+
+def test_bf16_is_near_fp32_and_saves_float32(run_path, cohort_csv, tmp_path):
+    train(cohort_csv, tmp_path, "--precision", "bf16")
+    losses, exact = (np.load(path / "train_loss_f0.npy") for path in (tmp_path, run_path))
+    assert losses == pytest.approx(exact, rel=0.02)
+    assert (losses != exact).all()
+    weights = files.load_torch(tmp_path / "state_dict_f0.pth")
+    assert all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")]
+)
+def test_precision_of_float32_on_a_gpu(name, expected):
+    utils.set_precision(name)
+    assert torch.backends.cuda.matmul.fp32_precision == expected
+    assert torch.backends.cudnn.conv.fp32_precision == expected
 
 
 def test_subject_column(tmp_path):
