@@ -180,8 +180,6 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: Targets) -> Tensor:
     Selvaraju et al., ICCV 2017, arXiv:1610.02391
     """
 
-    options = {"target": target, "interpolate_mode": "trilinear"}
-
     def attribute(with_shortcut: bool = True) -> Tensor:
         if with_shortcut:
             maps = _guided_gradcam_in_one_pass(model, volume, target)
@@ -189,6 +187,7 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: Targets) -> Tensor:
                 return maps
             _say_once("guided Grad-CAM: no plain rest after the last convolution, two passes")
         method = GuidedGradCam(model, last_convolution(model))
+        options = {"target": target, "interpolate_mode": "trilinear"}
         return method.attribute(volume.detach().clone(), **options)
 
     return attribute_on(model, attribute, functools.partial(attribute, with_shortcut=False))

@@ -72,11 +72,19 @@ class FirstBlock:
         """
         kernel = self.weight.shape[2:]
         sides = [n - k + 1 for n, k in zip(volume.shape[2:], kernel, strict=True)]
-        unpooled = gradient.new_zeros(*gradient.shape[:2], *sides)
-        unpooled.flatten(2).scatter_(2, winners.flatten(2), gradient.flatten(2))
+        # channels innermost, as the gradient of the convolution wants them: no copy is needed
+        unpooled = gradient.new_zeros(len(volume), *sides, gradient.shape[1])
+        of_voxels = unpooled.flatten(1, 3)
+        of_voxels.scatter_(1, _innermost(winners), _innermost(gradient))
         covered = tuple(slice(0, n * self.pooling, self.pooling) for n in gradient.shape[2:])
+        unpooled = unpooled.permute(0, 4, 1, 2, 3)
         unpooled[(..., *covered)] += first_gradient
         return transposed_sums(self.convolution, volume, self.weight, unpooled)
+
+
+def _innermost(values: Tensor) -> Tensor:
+    """Return values (N, C, d, h, w) as (N, d·h·w, C)."""
+    return values.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
 def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
