@@ -545,7 +545,8 @@ def test_a_run_of_subjects_with_hostile_names(odd_csv, tmp_path):
     assert splits["subject"].tolist() == SUBJECTS
 
 
-def test_logs_carry_no_control_characters(tmp_path, capsys):
+def test_logs_carry_no_control_characters(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(utils.log, "propagate", False)  # pytest's own log could not be sent on
     utils.start_log(tmp_path / "x.log")
     utils.log.warning("both labels: %s", "ä\x1b[2J\udcff\u202e")
     utils.start_log()
