@@ -54,7 +54,10 @@ def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
     mean : float32 array, shape (n_voxels,)
     """
     n_scans = volumes.n_scans
-    log.info("the Gram matrix of %d scans takes %.3g GB of memory", n_scans, 8 * n_scans**2 / 1e9)
+    log.info(
+        "the Gram matrix of %d scans takes %.3g GB of memory, less than twice that while a fold is "
+        "fitted", n_scans, 8 * n_scans**2 / 1e9,
+    )  # fmt: skip
     gram = np.zeros((n_scans, n_scans), order="F")
     mean = np.zeros(volumes.n_voxels, dtype=np.float32)
     for start, stop in progress(voxel_ranges(volumes), "Gram matrix", unit="block"):
@@ -69,19 +72,14 @@ def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
     return gram, mean
 
 
-def centred_on(gram: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the Gram matrix after moving the origin to the mean of these rows' scans."""
-    row_means = gram[:, rows].mean(1)
-    return gram - row_means[:, None] - row_means[None, :] + row_means[rows].mean()
-
-
 def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: float) -> FoldFit:
     """Fit a fold's SVM on its training scans.
 
     Parameters
     ----------
     gram : array, shape (n_scans, n_scans)
-        Of all scans, whatever its origin.
+        Of all scans. The result does not depend on its origin, but libsvm holds inner products in
+        float32, so that one near the scans is best.
     labels : int array, shape (n_scans,)
     train : int array
         Rows of the scans to train on.
@@ -94,6 +92,10 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
 
     Notes
     -----
+    Moving the origin to the training mean, as the definition has it, changes inner products by
+    r_i + r_j + constant. It drops out of the SVM, whose coefficients add up to 0, and of the
+    centred scores; so the only copy that is made is that of the training scans' inner products.
+
     The pattern is A = Cov(X)·w / Var(X·w) over the training scans, computed as Xᵀs/((n−1)·Var(s))
     with s = X·w centred: its coefficients are s/((n−1)·Var(s)), since Xᵀs is the same for centred
     and for raw scans.
@@ -102,12 +104,11 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
     ----------
     Haufe et al., NeuroImage 87:96-110, 2014, doi:10.1016/j.neuroimage.2013.10.067
     """
-    kernel = centred_on(gram, train)
     svc = SVC(C=cost, kernel="precomputed", tol=TOLERANCE)
-    svc.fit(kernel[np.ix_(train, train)], labels[train])
+    svc.fit(gram[np.ix_(train, train)], labels[train])
     weights = np.zeros(len(labels))
     weights[train[svc.support_]] = svc.dual_coef_[0]
-    scores = kernel @ weights
+    scores = gram @ weights
     train_scores = scores[train] - scores[train].mean()
     pattern = np.zeros(len(labels))
     pattern[train] = train_scores / ((len(train) - 1) * train_scores.var(ddof=1))

@@ -125,9 +125,7 @@ class Decoder(Dataset):
     def __getitem__(self, row: int) -> tuple[int, tuple[int, ...], str]:
         try:
             # before reading: a later change will show
-            size, mtime_ns = scan_files.stamp(
-                self.files[row]
-            )  # before reading: a later change will show
+            size, mtime_ns = scan_files.stamp(self.files[row])
             volume_data, n_nonfinite = scan_files.load_volume(self.files[row])
             if volume_data.shape != self.shape:
                 return row, (), f"{self.files[row]} now has shape {volume_data.shape}"

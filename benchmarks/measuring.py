@@ -172,18 +172,34 @@ def compare(
     difference = float((found - expected).abs().max() / expected.abs().max())
     correlation = float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1])
     peaks = [in_fresh_process(measure_peak, args, work, prepare) for work in brief_ways or ways]
-    print(
-        f"{args.model}, {'×'.join(map(str, args.shape))}, {args.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"pairs: {args.pairs}, {args.clock} time; "
-        f"one forward pass {unit_s:.2f} s\n"
-    )
+    print_conditions(args, unit_s)
     print_table(
         ["in forward passes", "plain", "ours", "ratio", "peak GB, plain", "peak GB, ours",
          "largest difference / maximum", "1 − r"],
         [[name, *(f"{units:.1f}" for units in in_units), f"{ratio:.1f}",
           *(f"{peak:.2f}" for peak in peaks), f"{difference:.0e}", f"{1 - correlation:.0e}"]],
     )  # fmt: skip
+
+
+def measure_alone(args: argparse.Namespace, name: str, work: Work) -> None:
+    """Print a table of ours only, where the plain way would take too long."""
+    model, volume = make_case(args)
+    with torch.no_grad():
+        model(volume)
+        unit_s = seconds(lambda: model(volume), args.clock)
+    n_units = seconds(lambda: work(model, volume), args.clock) / unit_s
+    print_conditions(args, unit_s)
+    print_table(["in forward passes", "ours"], [[name, f"{n_units:.1f}"]])
+
+
+def print_conditions(args: argparse.Namespace, unit_s: float) -> None:
+    """Print what a table was measured with."""
+    print(
+        f"{args.model}, {'×'.join(map(str, args.shape))}, {args.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"pairs: {args.pairs}, {args.clock} time; "
+        f"one forward pass {unit_s:.2f} s\n"
+    )
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

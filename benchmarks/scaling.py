@@ -172,14 +172,15 @@ def plot(tables: dict[str, list[Series]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(tables), figsize=(12, 7), sharex="col")
+    layout = {"figsize": (12, 7), "sharex": "col", "sharey": "row"}  # so that flat looks flat
+    figure, axes = pyplot.subplots(2, len(tables), **layout)
     for column, (size_name, all_series) in enumerate(tables.items()):
         for series in all_series:
             measures = zip((series.seconds, series.gb), series.exponents(), strict=True)
             for row, (values, slope) in enumerate(measures):
                 label = f"{series.method}: exponent {slope:.2f}"
                 axes[row, column].loglog(series.sizes, values, "o-", label=label)
-                axes[row, column].legend()
+                axes[row, column].legend(loc="upper left")
         axes[1, column].set_xlabel(size_name)
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak memory, GB")
@@ -204,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = measuring.make_parser(__doc__)
-    parser.set_defaults(model="modelT8", pairs=2)  # the smallest volumes need a shallow network
+    parser.set_defaults(model="modelT8", pairs=3)  # the smallest volumes need a shallow network
     option = parser.add_argument
     option("--plot", type=Path, default=Path("scaling.png"), help="default: scaling.png")
     return measuring.parse(parser, argv)

@@ -1,5 +1,6 @@
 """The SVM against scikit-learn on the full matrix, and its pattern against the full covariance."""
 
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -119,11 +120,24 @@ def test_the_same_command_twice_gives_identical_tables(svm_path, cohort_csv, run
         assert (tmp_path / name).read_bytes() == (svm_path / name).read_bytes()
 
 
-def test_centring_is_on_the_training_scans():
+def test_the_origin_does_not_matter_and_one_copy_is_made():
     rng = np.random.default_rng(0)
-    volumes, rows = rng.random((6, 9)), np.array([0, 2, 3])
-    centred = volumes - volumes[rows].mean(0)
-    assert linear_svm.centred_on(volumes @ volumes.T, rows) == pytest.approx(centred @ centred.T)
+    labels = np.arange(1200) % 2
+    volumes = rng.standard_normal((1200, 900)) + 0.2 * labels[:, None]
+    train = np.flatnonzero(rng.random(1200) < 0.8)
+    centred = volumes - volumes[train].mean(0)
+    fits = []
+    for scans in (centred, volumes - volumes.mean(0), volumes - 3):
+        gram = np.asfortranarray(scans @ scans.T)
+        tracemalloc.start()
+        fits.append(linear_svm.fit_fold(gram, labels, train, 1.0))
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * 8 * len(train) ** 2
+        tracemalloc.stop()
+    for other in fits[1:]:
+        for name in ("weight_coefficients", "pattern_coefficients", "decisions"):
+            expected = getattr(fits[0], name)
+            difference = np.abs(getattr(other, name) - expected).max()
+            assert difference < 1e-5 * np.abs(expected).max(), name
 
 
 @pytest.mark.parametrize("case", ["no folder", "no splits", "another cohort", "C"])
