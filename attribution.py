@@ -25,6 +25,7 @@ from utils import log
 
 BETA = 0.5
 N_STEPS = 100
+FEWEST_STEPS = 2  # that captum takes; the shortcut leaves one of them to itself
 
 Targets = int | Tensor
 
@@ -113,6 +114,7 @@ def integrated_gradients(
     def attribute(with_shortcut: bool = True) -> Tensor:
         maps = []
         for one_volume, one_target in zip(volume.detach()[:, None], targets.tolist(), strict=True):
+            with_shortcut = with_shortcut and n_steps > FEWEST_STEPS
             block = first_block_of(model, one_volume) if with_shortcut else None
             if with_shortcut and block is None:
                 _say_once("integrated gradients: no linear first block, every step is a whole pass")
@@ -130,13 +132,14 @@ def integrated_gradients(
 def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: dict) -> Tensor:
     """Integrate gradients on what follows the first pooling, and carry them back once."""
     pooled, winners = block.pooled(volume)
+    n_steps = options["n_steps"]
+    first_gradient = block.gradient_at_zero(pooled, target) / n_steps
+    # the other steps, 1/n to (n-1)/n, are a left Riemann sum on the path from 1/n on
+    options = options | {"n_steps": n_steps - 1}
     method = IntegratedGradients(block.rest, multiply_by_inputs=False)
-    gradient = method.attribute(pooled, 0, target=target, **options)
-    # at the zero volume all voxels of a pooling window tie, and the first one wins
-    at_zero = torch.zeros_like(pooled, requires_grad=True)
-    (first_gradient,) = torch.autograd.grad(block.rest(at_zero)[:, target].sum(), at_zero)
-    first_gradient /= options["n_steps"]
-    return volume * block.input_gradient(volume, gradient - first_gradient, winners, first_gradient)
+    gradient = method.attribute(pooled, pooled / n_steps, target=target, **options)
+    gradient *= (n_steps - 1) / n_steps
+    return volume * block.input_gradient(volume, gradient, winners, first_gradient)
 
 
 @functools.cache

@@ -1,14 +1,12 @@
-"""Files that appear whole or not at all (tables, records, maps, checkpoints), and their reading."""
+"""Files that appear whole or not at all (tables, records, maps), and their reading."""
 
 import errno
 import hashlib
 import io
 import json
 import os
-import pickle
 import platform
 import shutil
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-import torch
 
 from errors import InputError, RunError
 from locks import is_running
@@ -28,10 +25,6 @@ TEMPORARY_PREFIX = ".tmp-"
 N_WRITERS = 2
 MAX_WAITING_WRITES = 4  # maps held in memory for them
 MAX_WRITING_SECONDS = 3600.0  # a file untouched for so long has lost its writer
-UNPICKLING_ERRORS = (  # what torch.load lets through on bytes that are no checkpoint
-    pickle.UnpicklingError, struct.error, ArithmeticError, AttributeError, EOFError, LookupError,
-    OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 # fmt: off
 ORIENTATION_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -132,8 +125,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_csv(path: Path, columns: dict[str, type]) -> pd.DataFrame:
-    """Read the columns that a table must have, and hold them to their types.
+def read_csv(
+    path: Path, columns: dict[str, type], optional: dict[str, type] | None = None
+) -> pd.DataFrame:
+    """Read the columns that a table must or may have, and hold them to their types.
 
     Raises
     ------
@@ -141,9 +136,19 @@ def read_csv(path: Path, columns: dict[str, type]) -> pd.DataFrame:
         If it is no such table.
     """
     try:
-        return pd.read_csv(path, dtype=columns, usecols=list(columns))
+        types = columns | (optional or {})
+        table = pd.read_csv(path, dtype=types, usecols=lambda name: name in types)
+        if not set(columns) <= set(table):
+            raise ValueError(f"{sorted(set(columns) - set(table))} are missing")
+        return table
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is not a table of {', '.join(columns)}: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain(value: object) -> object:
@@ -204,66 +209,3 @@ class BackgroundWriter:
         if error is None:
             for write in self.waiting:
                 write.result()
-
-
-# Checkpoints
-
-
-def save_torch(path: Path, content: dict) -> None:
-    """Save tensors and plain values, whole or not at all; equal content gives equal bytes."""
-    buffer = io.BytesIO()  # a file would carry its own name into the archive
-    torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def load_torch(path: Path) -> dict:
-    """Load what `save_torch` wrote, running no code from the file.
-
-    Raises
-    ------
-    InputError
-        If there is no such file, or it is not a checkpoint of tensors and plain values.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNPICKLING_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path} is not a checkpoint that can be loaded safely: {reason}"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a state dict but a {type(content).__name__}")
-    return content
-
-
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load a fold's state dict into a model.
-
-    Raises
-    ------
-    InputError
-        If the file is not a checkpoint, or one of another model or volume shape.
-    """
-    found = load_torch(path)
-    expected = model.state_dict()
-    if set(found) != set(expected):
-        odd_keys = sorted(set(found) ^ set(expected), key=str)[:3]
-        raise InputError(f"{path} is a checkpoint of another model (differing keys: {odd_keys})")
-    for key, value in expected.items():
-        if getattr(found[key], "shape", None) != value.shape:
-            raise InputError(
-                f"{path} is a checkpoint of another model or volume shape: {key} has shape "
-                f"{tuple(getattr(found[key], 'shape', ()))}, expected {tuple(value.shape)}"
-            )
-    try:
-        model.load_state_dict(found)
-    except RuntimeError as error:  # sparse, quantized or meta tensors
-        raise InputError(f"{path} does not hold plain weights: {error}") from None
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

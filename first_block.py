@@ -16,6 +16,7 @@ from convolution import channels_last, is_plain_one_channel, transposed_sums
 from rest import Rest, has_parts
 
 SAME_LOGITS = 1e-3  # relative: what rounding may make of two ways to one logit
+SPAN = 8  # voxels a side that suffice for layers to compute as they do on whole volumes
 
 
 class _ShiftedReLU(nn.Module):
@@ -55,6 +56,16 @@ class FirstBlock:
         """Return max-pool(u) of volumes (N, 1, D, H, W), and which voxel won each window."""
         scaled = functional.conv3d(channels_last(volume), self.weight)
         return functional.max_pool3d(scaled, self.pooling, return_indices=True)
+
+    def gradient_at_zero(self, pooled: Tensor, target: int) -> Tensor:
+        """Return the gradient of a target's logit after the pooling, for a volume of zeros.
+
+        There all voxels of a pooling window tie. In this block the first one wins; in later ones
+        rounding decides, so they run in the model's own memory format, not in a faster one.
+        """
+        nothing = torch.zeros(pooled.shape, device=pooled.device, requires_grad=True)
+        (gradient,) = torch.autograd.grad(self.rest(nothing)[:, target].sum(), nothing)
+        return gradient
 
     @torch.no_grad()
     def input_gradient(
@@ -108,7 +119,10 @@ def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
     if convolution.bias is None or norm.running_var is None or norm.weight is None:
         return None
     scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps)).detach()
-    shift = ((convolution.bias - norm.running_mean) * scale + norm.bias).detach()
+    # as the layers themselves round it: where a volume is 0, rounding decides ties in later blocks
+    nothing = volume.new_zeros(1, 1, *(k + SPAN - 1 for k in convolution.kernel_size))
+    with torch.no_grad():
+        shift = norm(convolution(nothing))[0, :, 0, 0, 0]
     weight = convolution.weight.detach() * scale.view(-1, 1, 1, 1, 1)
     rest = Rest(model, len(first_layers), _ShiftedReLU(shift.view(1, -1, 1, 1, 1)))
     block = FirstBlock(convolution, weight, pooling.kernel_size, rest)

@@ -7,8 +7,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+import checkpoints
 import files
 from errors import InputError
+
+EPOCH_RECORD = ("epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds")
 
 
 @dataclass
@@ -18,7 +21,7 @@ class FoldState:
     Attributes
     ----------
     history : list of dict
-        One an epoch: epoch, train_loss, valid_loss, valid_accuracy, seconds.
+        One an epoch, with the keys of EPOCH_RECORD.
     best_loss : float
         Validation loss of the best epoch so far.
     best_weights : dict
@@ -58,24 +61,44 @@ def save_fold(
     content = {
         "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)
     }  # fmt: skip
-    files.save_torch(path, content)
+    checkpoints.save(path, content)
 
 
-def restore_fold(
-    checkpoint_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> FoldState:
-    """Return a fold's state, with its weights put back, or a fresh state if it never began."""
+def restore_fold(checkpoint_path: Path, model: nn.Module, optimizer: torch.optim.Adam) -> FoldState:
+    """Return a fold's state, with its weights put back, or a fresh state if it never began.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is damaged, or that of another model.
+    """
     if not checkpoint_path.is_file():
         return FoldState()
-    checkpoint = files.load_torch(checkpoint_path)
+    content = checkpoints.load(checkpoint_path)
     try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        return FoldState(**checkpoint["state"])
+        state = FoldState(**content["state"])
+        check_state(state)
+        for weights in (state.best_weights, content["model"]):  # of which the latter go on
+            checkpoints.put_weights(model, weights)
+        checkpoints.put_moments(optimizer, content["optimizer"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"{checkpoint_path} cannot continue this fold; start anew with --overwrite: {error}"
         ) from None
+    return state
+
+
+def check_state(state: FoldState) -> None:
+    """Raise ValueError unless a state's numbers are what `FoldState` says."""
+    is_whole = isinstance(state.history, list) and all(
+        isinstance(record, dict)
+        and tuple(record) == EPOCH_RECORD
+        and all(type(value) in (int, float) for value in record.values())
+        and record["epoch"] == number
+        for number, record in enumerate(state.history, 1)
+    )
+    if not (is_whole and type(state.best_loss) is float and type(state.n_stale_epochs) is int):
+        raise ValueError("its history is damaged")
 
 
 def is_finished(outpath: Path, fold: int) -> bool:
@@ -86,7 +109,7 @@ def is_finished(outpath: Path, fold: int) -> bool:
 def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:
     """Write a fold's files; the predictions come last and say that it is finished."""
     history = pd.DataFrame(state.history)
-    files.save_torch(outpath / f"state_dict_f{fold}.pth", state.best_weights)
+    checkpoints.save(outpath / f"state_dict_f{fold}.pth", state.best_weights)
     files.write_npy(outpath / f"train_loss_f{fold}.npy", history["train_loss"])
     files.write_npy(outpath / f"valid_loss_f{fold}.npy", history["valid_loss"])
     files.write_csv(outpath / f"history_f{fold}.csv", history)

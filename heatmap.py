@@ -20,88 +20,30 @@ import contextlib
 import sys
 from pathlib import Path
 
-import nibabel as nib
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import attribution
+import checkpoints
 import dataset
 import explaining
 import files
+import heatmap_run
 import loading
 import map_files
 import maps
 import models
-import pictures
 import ranks
 import rehearsal
-import report
-import runs
 import trained_run
 import utils
 from locks import one_writer
 from trained_run import Fold
 from utils import log
 
-IG_TOLERANCE = 0.05  # median completeness error above which more --steps are advised
-RESULT_OPTIONS = (
-    "model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold",
-)  # fmt: skip
-METHOD_OPTIONS = {"LRP": ("beta",), "IG": ("steps",), "GGC": ()}
-
-
-# Runs
-
-
-def stem_of(args: argparse.Namespace, method: str) -> str:
-    """Return what the names of a method's files begin with."""
-    return f"{method}_random" if args.randomize else method
-
-
-def kind_of(args: argparse.Namespace, method: str) -> runs.RunKind:
-    """Return how a method keeps its runs."""
-    stem = stem_of(args, method)
-    options = RESULT_OPTIONS + METHOD_OPTIONS[method] + (("seed",) if args.randomize else ())
-    stale = (f"{stem}_predictions*.csv", f"{stem}_map_*", f"{stem}_subjects/*.nii.gz")
-    return runs.RunKind(f"{stem}_run.json", options, stale)
-
-
-def start_methods(
-    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold]
-) -> dict[str, dict]:
-    """Take up each method's run in --outpath, or begin one; return their records."""
-    record = runs.new_record(args, cohort, "heatmap.py", args.model)
-    record["modelpath_sha256"] = {
-        fold.checkpoint_path.name: files.sha256(fold.checkpoint_path) for fold in plan
-    }
-    kinds = {method: kind_of(args, method) for method in args.method}
-    for kind in kinds.values():  # says what is wrong before anything is written
-        runs.open_run(args, cohort, record, kind)
-    if args.dry_run:
-        return {}
-    return {method: runs.start_run(args, cohort, record, kind)[0] for method, kind in kinds.items()}
-
-
-def unfinished_methods(args: argparse.Namespace, fold: Fold) -> list[str]:
-    """Return the methods that have not yet explained a fold."""
-    todo = []
-    for method in args.method:
-        if map_files.is_finished(args.outpath, stem_of(args, method), fold.number):
-            log.info("fold %d is explained by %s already", fold.number, method)
-        else:
-            todo.append(method)
-    return todo
-
-
-# Explaining
-
-
-def method_options(args: argparse.Namespace) -> dict[str, dict]:
-    """Return each method's own parameters."""
-    return {"LRP": {"beta": args.beta}, "IG": {"n_steps": args.steps}, "GGC": {}}
+# One fold
 
 
 def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
@@ -112,7 +54,7 @@ def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
     Adebayo et al., NeurIPS 2018, arXiv:1810.03292
     """
     if not args.randomize:
-        files.load_weights(model, fold.checkpoint_path)
+        checkpoints.load_weights(model, fold.checkpoint_path)
         return
     utils.seed_everything(args.seed, fold.number)
     for module in model.modules():
@@ -134,13 +76,15 @@ def explain_fold(
         worker_init_fn=loading.ignore_interrupts,
     )  # fmt: skip
     n_at_once = dict.fromkeys((*methods, explaining.FORWARD), args.batch)
-    explainer = explaining.Explainer(model, method_options(args), n_at_once)
+    explainer = explaining.Explainer(model, heatmap_run.method_options(args), n_at_once)
     zero_logits = explainer.logits(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0]
     results, mean_scan = {method: maps.FoldResult() for method in methods}, maps.RunningMean()
     bar = utils.progress(None, f"fold {fold.number}", total=len(scans), unit="scan", leave=False)
     with bar, files.BackgroundWriter() as writer:
         scan_maps = {
-            m: map_files.ScanMaps(args.outpath, stem_of(args, m), cohort, fold.number, writer)
+            m: map_files.ScanMaps(
+                args.outpath, heatmap_run.stem_of(args, m), cohort, fold.number, writer
+            )
             for m in (methods if args.save_subjects else [])
         }
         for volumes, labels, rows in loading.batches(loader):
@@ -177,7 +121,7 @@ def rehearse(
 ) -> None:  # fmt: skip
     """Print what the run would take, from maps of the first scan."""
     n_at_once = dict.fromkeys(args.method, args.batch)
-    explainer = explaining.Explainer(model, method_options(args), n_at_once)
+    explainer = explaining.Explainer(model, heatmap_run.method_options(args), n_at_once)
     path = cohort.table["path"].iloc[0]
     explain = {
         method: lambda volume, target, method=method: explainer.maps(method, volume, target, [path])
@@ -196,9 +140,9 @@ def work_on_fold(
     """Explain a fold by the methods that have not yet done so, and write its files."""
     with contextlib.ExitStack() as locks:
         for method in sorted(args.method) if ranks.is_first() else []:
-            lock_name = kind_of(args, method).lock_name(fold.number)
+            lock_name = heatmap_run.kind_of(args, method).lock_name(fold.number)
             locks.enter_context(one_writer(args.outpath, lock_name))
-        methods = ranks.from_first(lambda: unfinished_methods(args, fold))
+        methods = ranks.from_first(lambda: heatmap_run.unfinished_methods(args, fold))
         if not methods:
             return
         set_weights(args, model, fold)
@@ -207,78 +151,8 @@ def work_on_fold(
             scan_path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
             files.write_map(scan_path, mean_scan.mean(), cohort.like_img)
             for method, result in results.items():
-                stem = stem_of(args, method)
+                stem = heatmap_run.stem_of(args, method)
                 map_files.write_fold(args.outpath, stem, fold.number, result, cohort.like_img)
-
-
-# All folds
-
-
-def assemble(
-    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], records: dict[str, dict]
-) -> list[Path]:
-    """Put together the methods that have explained every fold; return what was written."""
-    written = []
-    numbers = [fold.number for fold in plan]
-    with one_writer(args.outpath, "assemble_maps", wait=True):
-        for method, record in records.items():
-            stem = stem_of(args, method)
-            todo = [i for i in numbers if not map_files.is_finished(args.outpath, stem, i)]
-            if todo:
-                log.info("%s: folds %s are still to be explained", method, todo)
-                continue
-            mean_scan_path = map_files.write_mean_scan(args.outpath, stem, numbers, cohort)
-            table, paths = map_files.assemble(args.outpath, stem, numbers, cohort, args.by_outcome)
-            written += [mean_scan_path, *paths, write_sidecar(args, method, table, record)]
-            written += draw_map(args, method)
-    return list(dict.fromkeys(written))
-
-
-def write_sidecar(args: argparse.Namespace, method: str, table: pd.DataFrame, record: dict) -> Path:
-    """Write how a method's mean map was made; return the path."""
-    error = None if method == "GGC" else float(table["completeness_error"].median())
-    log_completeness(method, error)
-    sidecar = {
-        "method": method,
-        "random_weights": args.randomize,
-        "parameters": method_options(args)[method],
-        "target": args.target,
-        "subjects": args.subjects,
-        "model": args.model,
-        "seed": args.seed,
-        "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
-        "background": "mean_scan.nii.gz",
-        "median_completeness_error": error,
-        "checkpoints_sha256": record["modelpath_sha256"],
-        "versions": utils.versions(),
-    }
-    path = args.outpath / f"{stem_of(args, method)}_map_all.json"
-    files.write_json(path, sidecar)
-    return path
-
-
-def log_completeness(method: str, error: float | None) -> None:
-    """Say how far a method's maps are from adding up, and why."""
-    if method == "LRP":
-        log.info(
-            "LRP: median completeness error %.2g (relevance of neurons that see nothing but zeros, "
-            "the background, is dropped)", error,
-        )  # fmt: skip
-    elif method == "IG" and error > IG_TOLERANCE:
-        log.warning("IG: median completeness error %.2g; more --steps lower it", error)
-    elif method == "IG":
-        log.info("IG: median completeness error %.2g", error)
-
-
-def draw_map(args: argparse.Namespace, method: str) -> list[Path]:
-    """Draw a method's mean map over the mean scan, as a picture and as a page; return the paths."""
-    stem = args.outpath / f"{stem_of(args, method)}_map_all"
-    map_img = nib.load(stem.with_suffix(".nii.gz"))
-    background_img = nib.load(args.outpath / "mean_scan.nii.gz")
-    title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
-    pictures.plot_mosaic(stem.with_suffix(".png"), map_img, background_img, title)
-    report.write_viewer(stem.with_suffix(".html"), map_img, background_img, title)
-    return [stem.with_suffix(".png"), stem.with_suffix(".html")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -334,9 +208,9 @@ def main(args: argparse.Namespace) -> None:
     plan = trained_run.plan_folds(args, cohort)
     args.fold = len(plan)
     for fold in plan:
-        files.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
+        checkpoints.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
 
-    records = ranks.from_first(lambda: start_methods(args, cohort, plan))
+    records = ranks.from_first(lambda: heatmap_run.start_methods(args, cohort, plan))
     if args.dry_run:
         return rehearse(args, cohort, plan, model, device)
     utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
@@ -348,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
             if args.only_fold in (None, fold.number):
                 work_on_fold(args, cohort, fold, model, device)
     if ranks.is_first():
-        print(*assemble(args, cohort, plan, records), sep="\n")
+        print(*heatmap_run.assemble(args, cohort, plan, records), sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from dataset import Cohort
 from maps import OUTCOMES, FoldResult, RunningMean
 
 MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
+TABLE_COLUMNS = {
+    "path": str, "label": int, "fold": int, "predicted": int, "probability": float, "outcome": str,
+    "logit": float, "map_sum": float, "completeness_error": float,
+}  # fmt: skip
 
 
 # Scans
@@ -131,8 +135,14 @@ def assemble(
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of explained scans; a path is text even where it looks like a number."""
-    return pd.read_csv(path, dtype={"path": str})
+    """Read a table of explained scans; with --save-subjects it names each scan's map.
+
+    Raises
+    ------
+    InputError
+        If it is no such table.
+    """
+    return files.read_csv(path, TABLE_COLUMNS, {"map": str})
 
 
 def write_mean(path: Path, cohort: Cohort, parts: Iterable[tuple[Path, int]]) -> None:

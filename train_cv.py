@@ -13,11 +13,8 @@ histories, loss_curves.png, roc.png and train_cv.log.
 """
 
 import argparse
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,22 +24,18 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataset
-import files
 import fold_state
-import folds
 import loading
 import metrics
 import models
-import pictures
 import ranks
 import rehearsal
-import runs
 import teams
+import training_run
 import utils
 import volume_cache
 import volume_file
-from errors import InputError, RunError, is_out_of_memory
-from locks import one_writer
+from errors import RunError
 from teams import Team
 from utils import log
 from volume_file import Volumes
@@ -58,15 +51,6 @@ DELTA = 0.0
 
 VAL_FRACTION = 0.2
 MEMORY_FORMATS = {"cpu": torch.channels_last_3d, "cuda": torch.contiguous_format}  # CPU: faster
-
-RUN = runs.RunKind(
-    record_name="run.json",
-    options=(
-        "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
-        "precision",
-    ),
-    fold_files=("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"),
-)  # fmt: skip
 
 
 # One fold
@@ -198,73 +182,7 @@ def warn_about_nonfinite(fold: int, team: Team, *loaders: DataLoader) -> None:
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def only_worker(args: argparse.Namespace, fold: int, team: Team) -> Iterator[bool]:
-    """Hold a fold's lock; yield whether the fold is still to be trained.
-
-    Raises
-    ------
-    RunError
-        If memory does not suffice.
-    """
-    lock = one_writer(args.outpath, RUN.lock_name(fold))
-    with lock if team.leads else contextlib.nullcontext():
-        try:
-            yield team.gathered(not fold_state.is_finished(args.outpath, fold))[0]
-        except RuntimeError as error:
-            raise_without_memory(error, args, f"fold {fold}")
-
-
-def raise_without_memory(error: RuntimeError, args: argparse.Namespace, place: str) -> None:
-    """Raise an error again, one of missing memory as a RunError that says what to do."""
-    if not is_out_of_memory(error):
-        raise error
-    reason = str(error).splitlines()[0]
-    raise RunError(
-        f"out of memory in {place}: use less than --batch {args.batch} ({reason})"
-    ) from None
-
-
 # All folds
-
-
-def unfinished_folds(args: argparse.Namespace) -> list[int]:
-    """Return the folds that are to be trained here and have not been tested yet."""
-    wanted = range(args.fold) if args.only_fold is None else [args.only_fold]
-    return [fold for fold in wanted if not fold_state.is_finished(args.outpath, fold)]
-
-
-def open_cache(
-    args: argparse.Namespace, cohort: dataset.Cohort, folder: Path
-) -> contextlib.AbstractContextManager[Volumes | None]:
-    """Return a block in which the cohort's scaled volumes are at hand, or None with --no-cache."""
-    if args.no_cache:
-        return contextlib.nullcontext()
-    return volume_cache.opened(cohort, folder, args.workers)
-
-
-def start_run(
-    args: argparse.Namespace, cohort: dataset.Cohort, device: torch.device, cache_folder: Path
-) -> tuple[dict, pd.DataFrame, list[int]]:
-    """Draw the folds, or take up the run that is there; return record, splits and folds to train.
-
-    Raises
-    ------
-    InputError
-        If the folds cannot be drawn, the run that is there has other options, or the disk is too
-        small for the decoded scans.
-    """
-    if args.only_fold is not None and args.only_fold >= args.fold:
-        raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {args.fold - 1}")
-    splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    record = runs.new_record(args, cohort, "train_cv.py", args.model)
-    record["device"] = utils.describe_device(device)
-    _, is_new = runs.open_run(args, cohort, record, RUN)
-    if not args.no_cache and (is_new or unfinished_folds(args)):
-        volume_cache.check_room(cohort, cache_folder)
-    if not args.dry_run:
-        record, splits = runs.start_run(args, cohort, record, RUN, splits)
-    return record, splits, unfinished_folds(args)
 
 
 def rehearse(
@@ -291,34 +209,7 @@ def rehearse(
             )
         )  # fmt: skip
     except RuntimeError as error:
-        raise_without_memory(error, args, "a training step")
-
-
-def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
-    """Write what all folds have in common, from each fold's files; return the metrics."""
-    predictions = metrics.gather_predictions(args.outpath, range(args.fold), cohort.table["path"])
-    table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
-    files.write_csv(args.outpath / "predictions.csv", predictions)
-    files.write_csv(args.outpath / "metrics.csv", table)
-    histories = [
-        files.read_csv(args.outpath / f"history_f{fold}.csv", pictures.LOSS_COLUMNS)
-        for fold in range(args.fold)
-    ]
-    pictures.plot_loss_curves(args.outpath / "loss_curves.png", histories)
-    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
-    return table
-
-
-def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> None:
-    """Put the folds together, if all are finished, and print the metrics."""
-    missing = [fold for fold in range(args.fold) if not fold_state.is_finished(args.outpath, fold)]
-    if missing:
-        log.info("folds still to be trained: %s", missing)
-        return
-    with one_writer(args.outpath, "assemble_run", wait=True):
-        table = assemble(args, cohort)
-        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
-    print(table.to_string(index=False, float_format="%.3f"))
+        training_run.raise_without_memory(error, args, "a training step")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -366,7 +257,9 @@ def main(args: argparse.Namespace) -> None:
     models.build_model(args.model, cohort.volume_shape)  # says what is wrong before writing
     cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
 
-    record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, device, cache_folder))
+    record, splits, todo = ranks.from_first(
+        lambda: training_run.start_run(args, cohort, device, cache_folder)
+    )
     if args.dry_run:
         return rehearse(args, cohort, splits, device)
     utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
@@ -376,9 +269,12 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     mine, team = teams.assign_folds(todo)
     if mine:
-        with logging_redirect_tqdm([log]), open_cache(args, cohort, cache_folder) as cached:
+        with (
+            logging_redirect_tqdm([log]),
+            training_run.open_cache(args, cohort, cache_folder) as cached,
+        ):
             for fold in utils.progress(mine, "folds"):
-                with only_worker(args, fold, team) as is_unfinished:
+                with training_run.only_worker(args, fold, team) as is_unfinished:
                     if is_unfinished:
                         parts = splits[f"fold_{fold}"]
                         train_fold(args, cohort, parts, fold, device, cached, team)
@@ -386,7 +282,7 @@ def main(args: argparse.Namespace) -> None:
     ranks.wait_for_all()
     volume_cache.remove(cache_folder)
     if ranks.is_first():
-        finish(args, cohort, record)
+        training_run.finish(args, cohort, record)
 
 
 if __name__ == "__main__":

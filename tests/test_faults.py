@@ -17,9 +17,11 @@ import torch
 from conftest import N_SCANS, train_arguments, write_cohort
 
 import attribution
+import checkpoints
 import explaining
 import files
 import heatmap
+import heatmap_run
 import models
 import scan_files
 import train_cv
@@ -80,7 +82,7 @@ def test_signals_stop_a_run_that_can_be_continued(cohort_csv, tmp_path, number, 
     assert process.returncode == status
     assert f"stopped by {number.name}" in message and "the same command goes on" in message
     assert "Traceback" not in message
-    state = files.load_torch(tmp_path / "checkpoint_f0.pt")["state"]
+    state = checkpoints.load(tmp_path / "checkpoint_f0.pt")["state"]
     assert [epoch["epoch"] for epoch in state["history"]] == list(
         range(1, len(state["history"]) + 1)
     )
@@ -147,7 +149,7 @@ def test_a_disk_that_fills_damages_nothing(cohort_csv, run_path, small_disk):
         wait_for((small_disk / "run" / "checkpoint_f0.pt").is_file, process)
         process.terminate()
     ballast = small_disk / "ballast"
-    before = files.load_torch(small_disk / "run" / "checkpoint_f0.pt")
+    before = checkpoints.load(small_disk / "run" / "checkpoint_f0.pt")
     with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(bytes(4096))
@@ -156,7 +158,7 @@ def test_a_disk_that_fills_damages_nothing(cohort_csv, run_path, small_disk):
     assert process.returncode == 1
     assert re.search(r"the disk is full: up to [\d.]+ MB are needed, [\d.]+ MB are free", message)
     assert "Traceback" not in message
-    after = files.load_torch(small_disk / "run" / "checkpoint_f0.pt")
+    after = checkpoints.load(small_disk / "run" / "checkpoint_f0.pt")
     assert len(after["state"]["history"]) >= len(before["state"]["history"])
     ballast.unlink()
     with start(
@@ -261,7 +263,7 @@ def test_training_without_memory_names_the_batch(cohort_csv, tmp_path, capsys, m
 @pytest.mark.parametrize("method", ["LRP", "IG"])
 def test_heatmaps_halve_their_batch(cohort_csv, run_path, tmp_path, monkeypatch, caplog, method):
     """Down to what fits; the maps are those of small batches."""
-    monkeypatch.setattr(heatmap, "draw_map", lambda *_: [])
+    monkeypatch.setattr(heatmap_run, "draw_map", lambda *_: [])
     more = ["--steps", "8", "--batch"]
     arguments = heatmap_arguments(cohort_csv, run_path, tmp_path / "small", *more, "2")
     arguments[arguments.index("LRP")] = method

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+import checkpoints
 import files
 from errors import InputError
 
@@ -29,7 +30,7 @@ def test_missing_values_are_empty_cells(tmp_path):
 
 def test_equal_weights_give_equal_bytes(tmp_path):
     for name in ("a.pth", "other_name.pth"):
-        files.save_torch(tmp_path / name, {"w": torch.arange(5.0)})
+        checkpoints.save(tmp_path / name, {"w": torch.arange(5.0)})
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "other_name.pth").read_bytes()
 
 
@@ -37,13 +38,13 @@ def test_equal_weights_give_equal_bytes(tmp_path):
 def test_what_is_no_checkpoint_is_an_input_error(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(InputError, match=r"w\.pth is not a checkpoint"):
-        files.load_torch(tmp_path / "w.pth")
+        checkpoints.load(tmp_path / "w.pth")
 
 
 def test_a_checkpoint_must_be_a_dict(tmp_path):
     torch.save(torch.ones(2), tmp_path / "w.pth")
     with pytest.raises(InputError, match="not a state dict but a Tensor"):
-        files.load_torch(tmp_path / "w.pth")
+        checkpoints.load(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{"])

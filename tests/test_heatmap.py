@@ -18,9 +18,11 @@ import torch
 from conftest import AFFINE, N_FOLDS, N_SCANS, SHAPE, save_scan, write_cohort
 
 import attribution
+import checkpoints
 import dataset
 import files
 import heatmap
+import heatmap_run
 import maps
 import models
 import scan_files
@@ -39,7 +41,7 @@ def explain(csv_path: Path, modelpath: Path, outpath: Path, *more: str, draw=Fal
     with (
         contextlib.nullcontext()
         if draw
-        else mock.patch.object(heatmap, "draw_map", return_value=[])
+        else mock.patch.object(heatmap_run, "draw_map", return_value=[])
     ):
         heatmap.main(args)
 
@@ -87,7 +89,7 @@ def test_fold_map_is_the_mean_over_the_folds_test_scans(maps_path, run_path, coh
     fold_maps = []
     for fold in range(N_FOLDS):
         model = models.build_model("modelT8", SHAPE).eval()
-        files.load_weights(model, run_path / f"state_dict_f{fold}.pth")
+        checkpoints.load_weights(model, run_path / f"state_dict_f{fold}.pth")
         maps = []
         for row in np.flatnonzero(splits[f"fold_{fold}"] == "test"):
             volume = torch.tensor(scan_files.load_volume(cohort.table["file"][row])[0])[None, None]
@@ -192,7 +194,7 @@ def test_target(cohort_csv, run_path, tmp_path, target):
     cohort = dataset.read_cohort(cohort_csv)
     for fold, rows in table.groupby("fold"):
         model = models.build_model("modelT8", SHAPE).eval()
-        files.load_weights(model, run_path / f"state_dict_f{fold}.pth")
+        checkpoints.load_weights(model, run_path / f"state_dict_f{fold}.pth")
         for row in rows.itertuples():
             file = cohort.table.set_index("path")["file"][row.path]
             with torch.no_grad():
@@ -238,7 +240,7 @@ def test_flipping_data_and_affine_changes_nothing_in_millimetres(tmp_path, metho
             for key in ("features.0.weight", "features.4.weight", "features.8.weight"):
                 weights[key] = weights[key].flip(2)
             # at this side one voxel is left along the first axis: the classifier stays as it is
-        files.save_torch(folder / "state_dict_f0.pth", weights)
+        checkpoints.save(folder / "state_dict_f0.pth", weights)
         for i, data in enumerate(scans):
             save_scan(folder / f"{i}.nii", data[::-1] if name == "mirrored" else data, affine)
         rows = "".join(f"{i}.nii,{i % 2}\n" for i in range(len(scans)))
@@ -256,9 +258,9 @@ def test_flipping_data_and_affine_changes_nothing_in_millimetres(tmp_path, metho
 def test_a_map_that_is_not_finite_names_scan_and_layer(cohort_csv, run_path, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run_path, folder)
-    weights = files.load_torch(folder / "state_dict_f0.pth")
+    weights = checkpoints.load(folder / "state_dict_f0.pth")
     weights["features.4.weight"][0, 0, 0, 0, 0] = np.inf
-    files.save_torch(folder / "state_dict_f0.pth", weights)
+    checkpoints.save(folder / "state_dict_f0.pth", weights)
     argv = ["--path", str(cohort_csv), "--modelpath", str(folder), "--model", "modelT8",
             "--method", "GGC", "--outpath", str(tmp_path / "maps"), "--device", "cpu"]  # fmt: skip
     assert utils.run_script(heatmap.main, heatmap.parse_args(argv)) == 1

@@ -11,8 +11,10 @@ import pytest
 from conftest import N_FOLDS, N_SCANS, train_arguments, write_cohort
 
 import attribution
+import checkpoints
 import files
 import heatmap
+import heatmap_run
 import linear_svm
 import map_files
 import pictures
@@ -29,7 +31,7 @@ TIMED = ("_run.json", "run.json", ".log")  # these files say when
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the pictures, which take seconds each."""
-    monkeypatch.setattr(heatmap, "draw_map", lambda *_: [])
+    monkeypatch.setattr(heatmap_run, "draw_map", lambda *_: [])
     monkeypatch.setattr(pictures, "plot_mosaic", lambda *_: None)
     monkeypatch.setattr(report, "write_viewer", lambda *_: None)
 
@@ -129,9 +131,9 @@ def test_heatmaps_of_other_checkpoints_are_refused(cohort_csv, run_path, tmp_pat
     folder = Path(shutil.copytree(run_path, tmp_path / "run"))
     args = heatmap_args(cohort_csv, folder, tmp_path / "maps")
     heatmap.main(args)
-    weights = files.load_torch(folder / "state_dict_f0.pth")
+    weights = checkpoints.load(folder / "state_dict_f0.pth")
     weights["classifier.3.bias"] += 1
-    files.save_torch(folder / "state_dict_f0.pth", weights)
+    checkpoints.save(folder / "state_dict_f0.pth", weights)
     with pytest.raises(InputError, match="its files have changed"):
         heatmap.main(args)
     args.overwrite = True

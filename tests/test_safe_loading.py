@@ -1,6 +1,8 @@
 """Files from elsewhere run no code, lead to no other place, and put no markup into pages."""
 
 import ast
+import copy
+import functools
 import json
 import os
 import pickle
@@ -16,8 +18,11 @@ import pytest
 import torch
 from conftest import AFFINE, SHAPE, make_volume, save_scan, train_arguments
 
+import checkpoints
 import compare
+import fold_state
 import heatmap
+import models
 import page_data
 import report
 import svm
@@ -77,7 +82,7 @@ def test_no_module_calls_what_can_run_a_file(path):
         if name in ("np.load", "numpy.load"):
             assert "allow_pickle=False" in ast.unparse(call)
         if name == "torch.load":
-            assert path.name == "files.py" and "weights_only=True" in ast.unparse(call)
+            assert path.name == "checkpoints.py" and "weights_only=True" in ast.unparse(call)
 
 
 class SideEffect:
@@ -146,6 +151,70 @@ def test_a_checkpoint_of_something_else_is_refused(cohort_csv, modelpath, refusa
     torch.save(content, modelpath / "checkpoint_f0.pt")
     message = refusal(train_cv, train_arguments(cohort_csv, modelpath))
     assert "checkpoint_f0.pt cannot continue this fold; start anew with --overwrite" in message
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory) -> dict:
+    """Return a checkpoint that training would go on from."""
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_f0.pt"
+    model = models.build_model("modelT8", SHAPE)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(2, 1, *SHAPE)).sum().backward()
+    optimizer.step()
+    state = fold_state.FoldState()
+    state.update(dict(zip(fold_state.EPOCH_RECORD, (1, 0.7, 0.6, 0.5, 0.1), strict=True)), model, 0)
+    fold_state.save_fold(path, model, optimizer, state)
+    return checkpoints.load(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("optimizer", "state"), {}),
+        (("optimizer", "state"), [1]),
+        (("optimizer", "state", 0), {}),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(8, 1, 3, 3, 3).to_sparse()),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(8, 1, 3, 3, 3, device="meta")),
+        (("optimizer", "state", 0, "exp_avg_sq"), "text"),
+        (("optimizer", "state", 0, "step"), torch.zeros(2)),
+        (("optimizer", "state", 0, "step"), 1j),
+        (("state", "history"), 5),
+        (("state", "history"), [1]),
+        (("state", "history", 0), {"epoch": 1}),
+        (("state", "history", 0, "epoch"), 7),
+        (("state", "history", 0, "valid_loss"), "0"),
+        (("state", "best_loss"), None),
+        (("state", "n_stale_epochs"), 0.5),
+        (("state", "best_weights"), {}),
+        (("state", "best_weights", "features.0.weight"), torch.zeros(3)),
+        (("state", "best_weights", "features.0.bias"), [0.0] * 8),
+        (("state", "more"), 1),
+        (("model",), [1]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_a_checkpoint_with_one_odd_part_is_refused(
+    cohort_csv, modelpath, refusal, whole_checkpoint, place, value
+):
+    (modelpath / "predictions_f0.csv").unlink()
+    content = copy.deepcopy(whole_checkpoint)
+    *outer, last = place
+    part = functools.reduce(lambda found, key: found[key], outer, content)
+    part[last] = value
+    torch.save(content, modelpath / "checkpoint_f0.pt")
+    message = refusal(train_cv, train_arguments(cohort_csv, modelpath))
+    assert "checkpoint_f0.pt cannot continue this fold; start anew with --overwrite" in message
+
+
+def test_a_checkpoints_options_do_not_count(cohort_csv, modelpath, whole_checkpoint):
+    """Those of the command do; and the checkpoint of the tests above is one that goes on."""
+    (modelpath / "predictions_f0.csv").unlink()
+    content = copy.deepcopy(whole_checkpoint)
+    content["optimizer"]["param_groups"] = [{"lr": "much"}]
+    torch.save(content, modelpath / "checkpoint_f0.pt")
+    train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, modelpath)))
+    assert len(pd.read_csv(modelpath / "history_f0.csv")) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from conftest import N_FOLDS, N_SCANS, SHAPE, train_arguments
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
-import files
+import checkpoints
 import loading
 import models
 import svm
@@ -103,7 +103,7 @@ def test_a_killed_rank_brings_the_job_down_and_the_same_command_goes_on(
         os.kill(int(owner.split('"process": ')[1].rstrip("}")), signal.SIGKILL)
         process.communicate(timeout=90)
     assert process.returncode == 1
-    n_epochs = len(files.load_torch(tmp_path / "checkpoint_f1.pt")["state"]["history"])
+    n_epochs = len(checkpoints.load(tmp_path / "checkpoint_f1.pt")["state"]["history"])
     with torchrun(2, "train_cv.py", *long_arguments) as process:
         history_path = tmp_path / "history_f1.csv"
         finish(process)

@@ -13,8 +13,8 @@ import torch
 from conftest import N_FOLDS, N_SCANS, SHAPE, train_arguments
 from sklearn.metrics import roc_auc_score
 
+import checkpoints
 import dataset
-import files
 import metrics
 import models
 import scan_files
@@ -189,7 +189,7 @@ def test_early_stopping(
     parts = pd.Series(["train", "train", "val", "test"] * (N_SCANS // 4))
     train_cv.train_fold(args, cohort, parts, 0, torch.device("cpu"), None, teams.Team())
     assert len(np.load(tmp_path / "valid_loss_f0.npy")) == n_epochs
-    saved = files.load_torch(tmp_path / "state_dict_f0.pth")
+    saved = checkpoints.load(tmp_path / "state_dict_f0.pth")
     expected = weights_after[best_epoch - 1]
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
@@ -223,7 +223,7 @@ def test_bf16_is_near_fp32_and_saves_float32(run_path, cohort_csv, tmp_path):
     losses, exact = (np.load(path / "train_loss_f0.npy") for path in (tmp_path, run_path))
     assert losses == pytest.approx(exact, rel=0.02)
     assert (losses != exact).all()
-    weights = files.load_torch(tmp_path / "state_dict_f0.pth")
+    weights = checkpoints.load(tmp_path / "state_dict_f0.pth")
     assert all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
 
 

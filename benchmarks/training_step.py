@@ -1,0 +1,114 @@
+"""Time a training step by precision and memory format, beside the work that it cannot do without.
+
+    python3 benchmarks/training_step.py                         # a small volume, a minute
+    python3 benchmarks/training_step.py --full                  # modelA24 at 193×229×193
+    python3 benchmarks/training_step.py --full --device cuda    # every precision
+
+The work: floating-point operations of the convolutions and linear layers, forward and backward, as
+torch counts them; and the bytes of what enters and leaves each layer, once forward and twice
+backward, in float32. A card's peak rates make a bound of these.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import measuring
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+import utils
+
+BATCH = 5
+MEMORY_FORMATS = {
+    "NCDHW": torch.contiguous_format,
+    "channels last": torch.channels_last_3d,
+}
+PASSES = 3  # through each layer: forward, its inputs' gradient, its weights' gradient
+N_STEPS = 3  # timed, after one that is not
+
+
+def make_step(args: argparse.Namespace, precision: str, memory_format: str) -> Callable:
+    """Return a training step on random volumes."""
+    utils.set_precision(precision)
+    torch.manual_seed(0)
+    model = models.build_model(args.model, tuple(args.shape)).train()
+    model = model.to(args.device, memory_format=MEMORY_FORMATS[memory_format])
+    optimizer = torch.optim.Adam(model.parameters())
+    volumes = torch.rand(args.batch, 1, *args.shape, device=args.device)
+    labels = torch.arange(args.batch, device=args.device) % 2
+    network = torch.compile(model) if args.compile else model
+    device_type = torch.device(args.device).type
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = nn.functional.cross_entropy(network(volumes), labels)
+        loss.backward()
+        optimizer.step()
+        if device_type == "cuda":
+            torch.cuda.synchronize(args.device)
+
+    return step
+
+
+def count_work(args: argparse.Namespace) -> tuple[float, float]:
+    """Return a step's floating-point operations and the bytes that its layers read and write."""
+    with torch.device("meta"):
+        model = models.build_model(args.model, tuple(args.shape))
+        volumes = torch.rand(args.batch, 1, *args.shape)
+    n_values = 0
+
+    def add(_, inputs, outputs) -> None:
+        nonlocal n_values
+        n_values += inputs[0].numel() + outputs.numel()
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(add)
+    with FlopCounterMode(display=False) as counter:
+        model(volumes).sum().backward()
+    return counter.get_total_flops(), PASSES * 4 * n_values
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the work and the table."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    n_operations, n_bytes = count_work(args)
+    precisions = utils.PRECISIONS if torch.device(args.device).type == "cuda" else ["fp32"]
+    rows = []
+    for precision in precisions:
+        for memory_format in MEMORY_FORMATS:
+            step = make_step(args, precision, memory_format)
+            step()
+            times = [measuring.seconds(step, args.clock) for _ in range(N_STEPS)]
+            rows.append((precision, memory_format, statistics.median(times)))
+    print(
+        f"{args.model}, {'×'.join(map(str, args.shape))}, {args.batch} scans a step, "
+        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{', compiled' if args.compile else ''}; a step is {n_operations / 1e12:.2f} "
+        f"tera-operations on {n_bytes / 1e9:.1f} GB\n"
+    )
+    measuring.print_table(
+        ["precision", "memory format", "s a step", "× the first", "tera-operations a second"],
+        [[precision, memory_format, f"{step_s:.3g}", f"{rows[0][2] / step_s:.2f}",
+          f"{n_operations / step_s / 1e12:.3g}"] for precision, memory_format, step_s in rows],
+    )  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = measuring.make_parser(__doc__)
+    option = parser.add_argument
+    option("--batch", type=int, help="scans per step; default: 1, with --full 5")
+    option("--compile", action="store_true", help="also through torch.compile")
+    args = measuring.parse(parser, argv)
+    args.batch = args.batch or (BATCH if args.full else 1)
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())

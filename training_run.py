@@ -1,0 +1,135 @@
+"""The runs of train_cv.py: begun or taken up, one worker a fold, put together at the end."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import files
+import fold_state
+import folds
+import metrics
+import pictures
+import runs
+import utils
+import volume_cache
+from dataset import Cohort
+from errors import InputError, RunError, is_out_of_memory
+from locks import one_writer
+from teams import Team
+from utils import log
+from volume_file import Volumes
+
+RUN = runs.RunKind(
+    record_name="run.json",
+    options=(
+        "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
+        "precision",
+    ),
+    fold_files=("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"),
+)  # fmt: skip
+
+
+# Begin, or go on
+
+
+def unfinished_folds(args: argparse.Namespace) -> list[int]:
+    """Return the folds that are to be trained here and have not been tested yet."""
+    wanted = range(args.fold) if args.only_fold is None else [args.only_fold]
+    return [fold for fold in wanted if not fold_state.is_finished(args.outpath, fold)]
+
+
+def open_cache(
+    args: argparse.Namespace, cohort: Cohort, folder: Path
+) -> contextlib.AbstractContextManager[Volumes | None]:
+    """Return a block in which the cohort's scaled volumes are at hand, or None with --no-cache."""
+    if args.no_cache:
+        return contextlib.nullcontext()
+    return volume_cache.opened(cohort, folder, args.workers)
+
+
+def start_run(
+    args: argparse.Namespace, cohort: Cohort, device: torch.device, cache_folder: Path
+) -> tuple[dict, pd.DataFrame, list[int]]:
+    """Draw the folds, or take up the run that is there; return record, splits and folds to train.
+
+    Raises
+    ------
+    InputError
+        If the folds cannot be drawn, the run that is there has other options, or the disk is too
+        small for the decoded scans.
+    """
+    if args.only_fold is not None and args.only_fold >= args.fold:
+        raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {args.fold - 1}")
+    splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
+    record = runs.new_record(args, cohort, "train_cv.py", args.model)
+    record["device"] = utils.describe_device(device)
+    _, is_new = runs.open_run(args, cohort, record, RUN)
+    if not args.no_cache and (is_new or unfinished_folds(args)):
+        volume_cache.check_room(cohort, cache_folder)
+    if not args.dry_run:
+        record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    return record, splits, unfinished_folds(args)
+
+
+# One fold
+
+
+@contextlib.contextmanager
+def only_worker(args: argparse.Namespace, fold: int, team: Team) -> Iterator[bool]:
+    """Hold a fold's lock; yield whether the fold is still to be trained.
+
+    Raises
+    ------
+    RunError
+        If memory does not suffice.
+    """
+    lock = one_writer(args.outpath, RUN.lock_name(fold))
+    with lock if team.leads else contextlib.nullcontext():
+        try:
+            yield team.gathered(not fold_state.is_finished(args.outpath, fold))[0]
+        except RuntimeError as error:
+            raise_without_memory(error, args, f"fold {fold}")
+
+
+def raise_without_memory(error: RuntimeError, args: argparse.Namespace, place: str) -> None:
+    """Raise an error again, one of missing memory as a RunError that says what to do."""
+    if not is_out_of_memory(error):
+        raise error
+    reason = str(error).splitlines()[0]
+    raise RunError(
+        f"out of memory in {place}: use less than --batch {args.batch} ({reason})"
+    ) from None
+
+
+# All folds
+
+
+def assemble(args: argparse.Namespace, cohort: Cohort) -> pd.DataFrame:
+    """Write what all folds have in common, from each fold's files; return the metrics."""
+    predictions = metrics.gather_predictions(args.outpath, range(args.fold), cohort.table["path"])
+    table = metrics.metrics_table(predictions, cohort.subjects, args.seed)
+    files.write_csv(args.outpath / "predictions.csv", predictions)
+    files.write_csv(args.outpath / "metrics.csv", table)
+    histories = [
+        files.read_csv(args.outpath / f"history_f{fold}.csv", pictures.LOSS_COLUMNS)
+        for fold in range(args.fold)
+    ]
+    pictures.plot_loss_curves(args.outpath / "loss_curves.png", histories)
+    pictures.plot_roc(args.outpath / "roc.png", predictions, table)
+    return table
+
+
+def finish(args: argparse.Namespace, cohort: Cohort, record: dict) -> None:
+    """Put the folds together, if all are finished, and print the metrics."""
+    missing = [fold for fold in range(args.fold) if not fold_state.is_finished(args.outpath, fold)]
+    if missing:
+        log.info("folds still to be trained: %s", missing)
+        return
+    with one_writer(args.outpath, "assemble_run", wait=True):
+        table = assemble(args, cohort)
+        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+    print(table.to_string(index=False, float_format="%.3f"))
