@@ -132,6 +132,9 @@ def integrated_gradients(
 def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: dict) -> Tensor:
     """Integrate gradients on what follows the first pooling, and carry them back once."""
     pooled, winners = block.pooled(volume)
+    with torch.no_grad():
+        if not torch.isfinite(block.rest(pooled)).all():
+            return torch.full_like(volume, torch.nan)
     n_steps = options["n_steps"]
     first_gradient = block.gradient_at_zero(pooled, target) / n_steps
     # the other steps, 1/n to (n-1)/n, are a left Riemann sum on the path from 1/n on
@@ -199,20 +202,16 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: Targets) -> Tensor:
 def _guided_gradcam_in_one_pass(model: nn.Module, volume: Tensor, target: Targets) -> Tensor | None:
     """Take Grad-CAM of the rest of the model, on what guided backpropagation's pass left there."""
     layer = last_convolution(model)
+    rest = rest_after(model, layer)
+    if rest is None:
+        return None
     seen: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs.detach())),
-        model.register_forward_hook(lambda _, inputs, logits: seen.append(logits.detach())),
-    ]
+    handle = layer.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs.detach()))
     try:
         guided = GuidedBackprop(model).attribute(volume.detach().clone(), target)
     finally:
-        for handle in handles:
-            handle.remove()
-    activations, logits = seen
-    rest = rest_after(model, layer, activations, logits)
-    if rest is None:
-        return None
+        handle.remove()
+    (activations,) = seen
     cam = LayerGradCam(rest, rest.entry).attribute(activations, target, relu_attributions=True)
     shape = tuple(volume.shape[2:])
     return guided * LayerAttribution.interpolate(cam, shape, interpolate_mode="trilinear")

@@ -1,7 +1,11 @@
 """The rest of a network: what follows one of its layers, as a function of that layer's outputs."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+TRACE_ERRORS = (  # of a forward that does more than calling layers
+    fx.proxy.TraceError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Rest(nn.Module):
@@ -10,7 +14,7 @@ class Rest(nn.Module):
     Parameters
     ----------
     model : Module
-        It has parts.
+        It is straight.
     start : int
         The first of the features that still run.
     entry : Module
@@ -28,28 +32,33 @@ class Rest(nn.Module):
         return self.classifier(torch.flatten(features, 1))
 
 
-def has_parts(model: nn.Module) -> bool:
-    """Tell whether a model has `features` and a `classifier`, both of them layers in a row."""
-    parts = (getattr(model, "features", None), getattr(model, "classifier", None))
-    return all(isinstance(part, nn.Sequential) for part in parts)
+def is_straight(model: nn.Module) -> bool:
+    """Tell whether a model runs its `features` in a row, flattens, runs its `classifier`, no more.
 
-
-def rest_after(model: nn.Module, layer: nn.Module, outputs: Tensor, logits: Tensor) -> Rest | None:
-    """Return what follows a layer, or None if the model is not built in the way this needs.
-
-    Parameters
-    ----------
-    model : Module
-        In eval mode.
-    layer : Module
-    outputs : Tensor, shape (N, C, d, h, w)
-        Of the layer, for some volumes.
-    logits : Tensor, shape (N, n_classes)
-        The model's for the same volumes; the rest must give them too.
+    That is read off the calls that its forward makes, without running any.
     """
-    if not has_parts(model) or layer not in list(model.features):
+    parts = (getattr(model, "features", None), getattr(model, "classifier", None))
+    if not all(isinstance(part, nn.Sequential) for part in parts):
+        return False
+    if any("forward" in vars(module) for module in model.modules()):
+        return False
+    try:
+        _, *calls, output = fx.Tracer().trace(model).nodes
+    except TRACE_ERRORS:
+        return False
+    names = [f"features.{i}" for i in range(len(parts[0]))]
+    names += [torch.flatten, *(f"classifier.{i}" for i in range(len(parts[1])))]
+    chain = zip(calls, [call.prev for call in calls], strict=True)
+    return (
+        [call.target for call in calls] == names
+        and all(call.all_input_nodes == [before] for call, before in chain)
+        and calls[len(parts[0])].args[1:] == (1,)
+        and output.args == (calls[-1],)
+    )
+
+
+def rest_after(model: nn.Module, layer: nn.Module) -> Rest | None:
+    """Return what follows one of a model's features, or None if the model is not straight."""
+    if not is_straight(model) or layer not in list(model.features):
         return None
-    rest = Rest(model, list(model.features).index(layer) + 1, nn.Identity())
-    with torch.no_grad():
-        same = torch.allclose(rest(outputs), logits)
-    return rest if same else None
+    return Rest(model, list(model.features).index(layer) + 1, nn.Identity())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+import utils
 from convolution import hook_convolutions
 
 
@@ -14,14 +15,14 @@ from convolution import hook_convolutions
 def explaining(model: nn.Module, same_rounding: bool) -> Iterator[None]:
     """Put a model into eval mode without parameter gradients; leave it exactly as it was.
 
-    While it lasts the model's convolutions are fast; see `hook_convolutions`.
+    While it lasts the model's convolutions are fast, see `hook_convolutions`, and float32 is exact.
     """
     was_training = {module: module.training for module in model.modules()}
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
     handles = hook_convolutions(model, same_rounding)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), utils.exact_float32():
             warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
             warnings.filterwarnings(
                 "ignore", message="Input Tensor .* did not already require grad"
@@ -71,7 +72,7 @@ def attribute_on(
             maps = attribute().detach()
         finally:
             handle.remove()
-        if not (torch.isfinite(maps).all() and torch.stack(finite_logits).all()):
+        if not torch.stack([torch.isfinite(maps).all(), *finite_logits]).all():
             layer, kind = _first_nonfinite(model, diagnose)
             raise FloatingPointError(
                 f"the map or the logits are NaN or infinite; that began in {layer} ({kind})"

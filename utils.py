@@ -7,7 +7,8 @@ import platform
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,10 @@ from errors import InputError, RunError, Stopped, stoppable
 
 N_WORKERS = min(4, os.cpu_count())
 PRECISIONS = ("fp32", "tf32", "bf16")
+FLOAT32_KERNELS = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+)  # that could round to TF32
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
 
 log = logging.getLogger("heatmaps")
@@ -166,6 +171,14 @@ def select_device(name: str | None) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def use_device(name: str | None) -> torch.device:
+    """Return the device that `--device` asks for; what names no GPU takes it, too."""
+    device = select_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def describe_device(device: torch.device) -> str:
     """Return the device's name for logs and run.json."""
     if device.type == "cuda":
@@ -182,8 +195,20 @@ def set_precision(name: str) -> None:
         "tf32", or "fp32" or "bf16": both keep float32 exact where it is used.
     """
     rounding = "tf32" if name == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = rounding
-    torch.backends.cudnn.conv.fp32_precision = rounding
+    for kernels in FLOAT32_KERNELS:
+        kernels.fp32_precision = rounding
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep float32 exact on a GPU for the time of a block."""
+    before = [kernels.fp32_precision for kernels in FLOAT32_KERNELS]
+    set_precision("fp32")
+    try:
+        yield
+    finally:
+        for kernels, rounding in zip(FLOAT32_KERNELS, before, strict=True):
+            kernels.fp32_precision = rounding
 
 
 # Seeds and logs
@@ -260,10 +285,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return what there is of a path: itself, or the nearest of its parents."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def check_outpath(outpath: Path) -> None:
-    """Refuse an output folder that is a file, before anything is written."""
-    if outpath.exists() and not outpath.is_dir():
-        raise InputError(f"--outpath {outpath} cannot be used as a folder: it is a file")
+    """Refuse an output folder that is a file or cannot be written, before anything is written."""
+    there = nearest_folder(outpath)
+    if not there.is_dir():
+        raise InputError(f"--outpath {outpath} cannot be used as a folder: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--outpath {outpath} cannot be used as a folder: Permission denied")
 
 
 def make_outpath(outpath: Path) -> Path:
