@@ -6,7 +6,10 @@ from contextlib import contextmanager
 
 import torch
 
-ALLOCATOR_MESSAGE = "DefaultCPUAllocator"  # torch raises a plain RuntimeError on the CPU
+MEMORY_MESSAGES = (  # of plain RuntimeErrors: torch's on the CPU, the driver's and its libraries'
+    "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class InputError(ValueError):
@@ -32,6 +35,9 @@ def stoppable() -> Iterator[None]:
     def stop(signal_number, frame):
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # readers that got the signal too are no fault
         raise Stopped(signal_number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -46,4 +52,5 @@ def stoppable() -> Iterator[None]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch could not get memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or ALLOCATOR_MESSAGE in str(error)
+    is_said = any(message in str(error) for message in MEMORY_MESSAGES)
+    return is_said or isinstance(error, torch.OutOfMemoryError)

@@ -20,6 +20,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -80,7 +81,16 @@ def explain_fold(
     zero_logits = explainer.logits(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0]
     results, mean_scan = {method: maps.FoldResult() for method in methods}, maps.RunningMean()
     bar = utils.progress(None, f"fold {fold.number}", total=len(scans), unit="scan", leave=False)
-    with bar, files.BackgroundWriter() as writer:
+
+    def take_in(method: str, rows: list[int], found: np.ndarray, *about_scans) -> None:
+        """Add the maps of a batch, and a row of the table for each."""
+        described = maps.describe_scans(method, fold.number, found, zero_logits, *about_scans)
+        for row, line, map_data in zip(rows, described, found, strict=True):
+            if scan_maps:
+                line["map"] = scan_maps[method].name_of(row)
+            results[method].add(row, line, map_data, args.by_outcome)
+
+    with bar, files.Background() as writer, files.Background(n_threads=1) as adder:
         scan_maps = {
             m: map_files.ScanMaps(
                 args.outpath, heatmap_run.stem_of(args, m), cohort, fold.number, writer
@@ -89,24 +99,18 @@ def explain_fold(
         }
         for volumes, labels, rows in loading.batches(loader):
             for volume in volumes:
-                mean_scan.add(volume[0].numpy())
-            volumes = volumes.to(device, non_blocking=True)
+                adder.submit(mean_scan.add, volume[0].numpy())
+            volumes, rows = volumes.to(device, non_blocking=True), rows.tolist()
             logits = explainer.logits(volumes)
             targets = maps.choose_targets(args.target, labels, logits.argmax(1))
-            paths = cohort.table["path"].iloc[rows.numpy()].tolist()
+            paths = cohort.table["path"].iloc[rows].tolist()
             for method in methods:
-                found = scan_maps[method].read(rows.tolist()) if scan_maps else None
+                found = scan_maps[method].read(rows) if scan_maps else None
                 if found is None:
                     found = explainer.maps(method, volumes, targets.to(device), paths).numpy()
                     if scan_maps:
-                        scan_maps[method].write(rows.tolist(), found)
-                described = maps.describe_scans(
-                    method, fold.number, paths, labels, logits, targets, found, zero_logits
-                )
-                for row, line, map_data in zip(rows.tolist(), described, found, strict=True):
-                    if scan_maps:
-                        line["map"] = scan_maps[method].name_of(row)
-                    results[method].add(row, line, map_data, args.by_outcome)
+                        scan_maps[method].write(rows, found)
+                adder.submit(take_in, method, rows, found, paths, labels, logits, targets)
             bar.update(len(rows))
     if scans.n_nonfinite.any():
         log.warning("fold %d: %d non-finite voxels set to 0", fold.number, scans.n_nonfinite.sum())
@@ -119,18 +123,24 @@ def rehearse(
     args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], model: nn.Module,
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Print what the run would take, from maps of the first scan."""
+    """Print what the run would take, from maps of the first scans."""
     n_at_once = dict.fromkeys(args.method, args.batch)
     explainer = explaining.Explainer(model, heatmap_run.method_options(args), n_at_once)
-    path = cohort.table["path"].iloc[0]
+    paths = cohort.table["path"].iloc[: args.batch].tolist()
     explain = {
-        method: lambda volume, target, method=method: explainer.maps(method, volume, target, [path])
+        method: lambda volumes, targets, method=method: explainer.maps(
+            method, volumes, targets, paths
+        )
         for method in args.method
     }
     n_scans = sum(len(fold.rows) for fold in plan)
     n_maps = (len(maps.OUTCOMES) + 1 if args.by_outcome else 1) * (len(plan) + 1)
     n_maps += n_scans if args.save_subjects else 0
-    print(rehearsal.describe_explaining(cohort, explain, n_scans, n_maps, device, args.outpath))
+    text, disk_needs = rehearsal.describe_explaining(
+        cohort, explain, args.batch, n_scans, n_maps, device, args.outpath
+    )
+    print(text)
+    rehearsal.check_disks(disk_needs)
 
 
 def work_on_fold(
@@ -190,7 +200,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--overwrite", action="store_true", help="start anew where --outpath holds other maps")
     option("--dry-run", action="store_true",
            help="check everything, say what it would take, and write nothing")
-    option("--workers", type=number(int, at_least=0), default=1,
+    option("--workers", type=number(int, at_least=0), default=utils.N_WORKERS,
            help="processes that read scans; 0: the main process reads")
     # fmt: on
     args = parser.parse_args(argv)
@@ -201,7 +211,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Explain every fold's scans, then put the folds together."""
     utils.start_log()
-    device = utils.select_device(args.device)
+    device = utils.use_device(args.device)
     utils.set_precision("fp32")
     cohort = dataset.read_cohort(args.path)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()

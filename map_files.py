@@ -34,11 +34,11 @@ class ScanMaps:
         What the names of the method's files begin with.
     cohort : Cohort
     fold : int
-    writer : BackgroundWriter
+    writer : Background
     """
 
     def __init__(
-        self, outpath: Path, stem: str, cohort: Cohort, fold: int, writer: files.BackgroundWriter
+        self, outpath: Path, stem: str, cohort: Cohort, fold: int, writer: files.Background
     ):
         self.outpath, self.stem, self.cohort = outpath, stem, cohort
         self.fold, self.writer = fold, writer

@@ -92,8 +92,8 @@ def completeness_error(method: str, total: float, logit: float, zero_logit: floa
 
 
 def describe_scans(
-    method: str, fold: int, paths: list[str], labels: Tensor, logits: Tensor, targets: Tensor,
-    maps_data: np.ndarray, zero_logits: Tensor,
+    method: str, fold: int, maps_data: np.ndarray, zero_logits: Tensor, paths: list[str],
+    labels: Tensor, logits: Tensor, targets: Tensor,
 ) -> list[dict]:  # fmt: skip
     """Return the rows of {M}_predictions.csv of a batch of scans.
 
@@ -101,12 +101,13 @@ def describe_scans(
     ----------
     method : str
     fold : int
-    paths : list of str, length N
-    labels, targets : int Tensor, shape (N,)
-    logits : Tensor, shape (N, 2)
     maps_data : array, shape (N, D, H, W)
     zero_logits : Tensor, shape (2,)
         Of the zero volume.
+    paths : list of str, length N
+    labels : int Tensor, shape (N,)
+    logits : Tensor, shape (N, 2)
+    targets : int Tensor, shape (N,)
     """
     rows = []
     for i, path in enumerate(paths):

@@ -10,17 +10,21 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.arrayproxy import ArrayProxy
-from nibabel.brikhead import AFNIHeaderError, AFNIImageError
+from nibabel.brikhead import AFNIHeaderError, AFNIImage, AFNIImageError
 from nibabel.cifti2 import Cifti2HeaderError
 from nibabel.filebasedimages import ImageFileError
 from nibabel.freesurfer.mghformat import MGHError
 from nibabel.openers import ImageOpener
-from nibabel.parrec import PARRECError
+from nibabel.parrec import PARRECError, PARRECImage
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from errors import RunError
 
-HALVES = {".hdr": ".img", ".img": ".hdr", ".HEAD": ".BRIK", ".BRIK": ".HEAD"}  # of one image
+TWO_FILES = {  # formats with a header and voxels apart, by the suffix of either
+    ".hdr": nib.Nifti1Pair, ".img": nib.Nifti1Pair, ".head": AFNIImage, ".brik": AFNIImage,
+    ".par": PARRECImage, ".rec": PARRECImage,
+}  # fmt: skip
+COMPRESSIONS = (".gz", ".bz2")
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
 MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
@@ -247,10 +251,21 @@ def load_volume(file: str) -> tuple[np.ndarray, int]:
 
 
 def stamp(file: str) -> tuple[int, int]:
-    """Return a scan's size and time in ns; of an image in two files, of both."""
+    """Return a scan's size and time in ns; of an image in two files, their sums."""
+    stats = [path.stat() for path in parts_of(file)]
+    return sum(s.st_size for s in stats), sum(s.st_mtime_ns for s in stats)
+
+
+def parts_of(file: str) -> list[Path]:
+    """Return the files that a scan consists of: itself and, in some formats, its other half."""
     path = Path(file)
-    other_path = path.with_suffix(HALVES.get(path.suffix, path.suffix))
-    found = [path.stat()]
-    if other_path != path and other_path.is_file():
-        found.append(other_path.stat())
-    return sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    image_class = TWO_FILES.get(name.suffix.lower())
+    if image_class is None:
+        return [path]
+    try:
+        holders = image_class.filespec_to_file_map(file).values()
+    except ImageFileError:
+        return [path]
+    others = {f"{holder.filename}{c}" for holder in holders for c in ("", *COMPRESSIONS)}
+    return [path, *(Path(other) for other in sorted(others - {file}) if Path(other).is_file())]

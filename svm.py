@@ -82,11 +82,16 @@ def start_run(
     if args.modelpath is not None:
         splits_path = args.modelpath / "splits.csv"
         record["modelpath_sha256"] = {splits_path.name: files.sha256(splits_path)}
-    runs.open_run(args, cohort, record, RUN)
-    volume_cache.check_room(cohort, cache_folder)
-    record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    _, is_new = runs.open_run(args, cohort, record, RUN)
     wanted = range(n_folds) if args.only_fold is None else [args.only_fold]
-    return record, splits, [i for i in wanted if not fold_state.is_finished(args.outpath, i)]
+
+    def unfinished() -> list[int]:
+        return [i for i in wanted if not fold_state.is_finished(args.outpath, i)]
+
+    if is_new or unfinished():
+        volume_cache.check_room(cohort, cache_folder)
+    record, splits = runs.start_run(args, cohort, record, RUN, splits)
+    return record, splits, unfinished()
 
 
 def fit_folds(
@@ -198,6 +203,7 @@ def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> No
     with one_writer(args.outpath, "assemble_run", wait=True):
         table, written = assemble(args, cohort, n_folds)
         files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+    volume_cache.remove_all(args.outpath)
     print(table.to_string(index=False, float_format="%.3f"))
     print(*written, sep="\n")
 
@@ -245,7 +251,8 @@ def main(args: argparse.Namespace) -> None:
         log.info("%.1f seconds a fold", (time.perf_counter() - start) / len(todo))
 
     ranks.wait_for_all()
-    volume_cache.remove(cache_folder)
+    if args.cache_dir is not None:  # below --outpath it stays until all folds are done
+        volume_cache.remove(cache_folder)
     if ranks.is_first():
         finish(args, cohort, record)
 

@@ -15,6 +15,7 @@ histories, loss_curves.png, roc.png and train_cv.log.
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,6 @@ import teams
 import training_run
 import utils
 import volume_cache
-import volume_file
 from errors import RunError
 from teams import Team
 from utils import log
@@ -89,9 +89,9 @@ def predict(
     for volumes, labels, rows in utils.progress(
         batches, "predicting", total=len(loader), leave=False
     ):
-        outputs.append((model(volumes.to(device, non_blocking=True)).cpu(), labels, rows))
-    shares = [share for part in team.gathered(outputs) for share in part]
-    logits, labels, rows = (torch.cat(column) for column in zip(*shares, strict=True))
+        outputs.append((model(volumes.to(device, non_blocking=True)), labels, rows))
+    share = [torch.cat(column).cpu() for column in zip(*outputs, strict=True)]
+    logits, labels, rows = map(torch.cat, zip(*team.gathered(share), strict=True))
     order = rows.argsort()
     return logits[order], labels[order], rows[order]
 
@@ -186,8 +186,9 @@ def warn_about_nonfinite(fold: int, team: Team, *loaders: DataLoader) -> None:
 
 
 def rehearse(
-    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, device: torch.device
-) -> None:
+    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, device: torch.device,
+    cache_folder: Path,
+) -> None:  # fmt: skip
     """Print what the run would take, from a training step on the first scans."""
     model = models.build_model(args.model, cohort.volume_shape)
     model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
@@ -200,16 +201,14 @@ def rehearse(
     def predict_batch(volumes: torch.Tensor) -> None:
         predict(model, [(volumes, torch.zeros(1), torch.zeros(1))], device, Team())
 
-    n_bytes = 0 if args.no_cache else len(cohort.table) * volume_file.bytes_of_scan(cohort)
     try:
-        print(
-            rehearsal.describe_training(
-                model, cohort, splits, args.batch, n_bytes / 1e9, step, predict_batch, device,
-                args.outpath,
-            )
-        )  # fmt: skip
+        text, disk_needs = rehearsal.describe_training(
+            model, cohort, splits, args, cache_folder, step, predict_batch, device
+        )
     except RuntimeError as error:
         training_run.raise_without_memory(error, args, "a training step")
+    print(text)
+    rehearsal.check_disks(disk_needs)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -251,7 +250,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
-    device = utils.select_device(args.device)
+    device = utils.use_device(args.device)
     utils.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path)
     models.build_model(args.model, cohort.volume_shape)  # says what is wrong before writing
@@ -261,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
         lambda: training_run.start_run(args, cohort, device, cache_folder)
     )
     if args.dry_run:
-        return rehearse(args, cohort, splits, device)
+        return rehearse(args, cohort, splits, device, cache_folder)
     utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",
@@ -280,7 +279,8 @@ def main(args: argparse.Namespace) -> None:
                         train_fold(args, cohort, parts, fold, device, cached, team)
 
     ranks.wait_for_all()
-    volume_cache.remove(cache_folder)
+    if args.cache_dir is not None:  # below --outpath it stays until all folds are done
+        volume_cache.remove(cache_folder)
     if ranks.is_first():
         training_run.finish(args, cohort, record)
 

@@ -132,4 +132,5 @@ def finish(args: argparse.Namespace, cohort: Cohort, record: dict) -> None:
     with one_writer(args.outpath, "assemble_run", wait=True):
         table = assemble(args, cohort)
         files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+    volume_cache.remove_all(args.outpath)
     print(table.to_string(index=False, float_format="%.3f"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+import utils
 import volume_file
 from dataset import Cohort
 from errors import InputError, RunError
@@ -33,9 +34,8 @@ def locate(cohort: Cohort, outpath: Path, cache_dir: Path | None) -> Path:
         If --cache-dir is no folder that can be written to.
     """
     if cache_dir is not None:
-        with contextlib.suppress(OSError):
-            cache_dir.mkdir(parents=True, exist_ok=True)
-        if not (cache_dir.is_dir() and os.access(cache_dir, os.W_OK)):
+        there = utils.nearest_folder(cache_dir)
+        if not (there.is_dir() and os.access(there, os.W_OK)):
             raise InputError(f"--cache-dir {cache_dir} cannot be used as a folder to write to")
     host = socket.gethostname()
     facts = [host, *map(str, cohort.volume_shape), *cohort.table["file"]]
@@ -51,7 +51,7 @@ def check_room(cohort: Cohort, folder: Path) -> None:
     InputError
         If it does not.
     """
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    parent = utils.nearest_folder(folder.parent)
     n_missing = len(volume_file.stale_rows(cohort, volume_file.read_index(cohort, folder)))
     n_bytes = n_missing * volume_file.bytes_of_scan(cohort)
     n_free = shutil.disk_usage(parent).free
@@ -177,3 +177,9 @@ def remove(folder: Path) -> None:
             folder.rmdir()
             if folder.parent.name.startswith(DEFAULT_PREFIX):
                 folder.parent.rmdir()
+
+
+def remove_all(outpath: Path) -> None:
+    """Remove what is left below the folder of a run that is complete, of every host's caches."""
+    for folder in outpath.glob(f"{DEFAULT_PREFIX}*/*"):
+        remove(folder)

@@ -92,10 +92,11 @@ def read_index(cohort: Cohort, folder: Path) -> np.ndarray:
 
 def save_index(folder: Path, index: np.ndarray) -> None:
     """Put the volumes on the disk, then the index that speaks of them."""
-    with (folder / "volumes.f32").open("rb+") as file:
-        os.fsync(file.fileno())
-    with files.whole_file(folder / "index.npy") as path, path.open("wb") as file:
-        np.save(file, index)
+    with files.whole_file(folder / "index.npy") as path:
+        with (folder / "volumes.f32").open("rb+") as volumes:
+            os.fsync(volumes.fileno())
+        with path.open("wb") as file:
+            np.save(file, index)
 
 
 def stale_rows(cohort: Cohort, index: np.ndarray) -> list[int]:
@@ -132,8 +133,11 @@ class Decoder(Dataset):
             with self.path.open("rb+") as file:
                 file.seek(row * self.n_bytes)
                 file.write(np.ascontiguousarray(volume_data).data)
-        except (RunError, OSError) as error:
+        except RunError as error:
             return row, (), str(error)
+        except OSError as error:
+            n_bytes = len(self.files) * self.n_bytes
+            return row, (), files.describe_failure(self.path, n_bytes, error)
         return row, (size, mtime_ns, n_nonfinite), ""
 
 
@@ -152,6 +156,8 @@ def decode(cohort: Cohort, folder: Path, n_workers: int) -> None:
     n_scans, n_bytes = len(cohort.table), bytes_of_scan(cohort)
     n_gb = n_scans * n_bytes / 1e9
     log.info("%d of %d scans are decoded into %s (%.2f GB)", len(rows), n_scans, folder, n_gb)
+    if len(rows) == n_scans:  # an index of volumes that are gone must not speak of these
+        (folder / "index.npy").unlink(missing_ok=True)
     with (folder / "volumes.f32").open("ab") as file:
         file.truncate(n_scans * n_bytes)
     index[rows] = NOT_DECODED

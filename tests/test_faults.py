@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import files
 import heatmap
 import heatmap_run
 import models
+import rest
 import scan_files
 import train_cv
 import utils
@@ -268,20 +270,25 @@ def test_heatmaps_halve_their_batch(cohort_csv, run_path, tmp_path, monkeypatch,
     arguments = heatmap_arguments(cohort_csv, run_path, tmp_path / "small", *more, "2")
     arguments[arguments.index("LRP")] = method
     heatmap.main(heatmap.parse_args(arguments))
-    forward, largest = models.CNN3D.forward, []
+    largest = []
 
-    def limited(self, volumes):
-        if len(volumes) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        largest.append(len(volumes))
-        return forward(self, volumes)
+    def limited(forward: Callable) -> Callable:
+        def run(self, values):
+            if len(values) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            largest.append(len(values))
+            return forward(self, values)
 
-    monkeypatch.setattr(models.CNN3D, "forward", limited)
+        return run
+
+    for network in (models.CNN3D, rest.Rest):  # IG's steps go through the latter
+        monkeypatch.setattr(network, "forward", limited(network.forward))
     arguments = heatmap_arguments(cohort_csv, run_path, tmp_path / "large", *more, "8")
     arguments[arguments.index("LRP")] = method
     heatmap.main(heatmap.parse_args(arguments))
     assert max(largest) == 2
-    assert "out of memory, 4 at once from here on" in caplog.text
+    for work in ("forward pass", method):
+        assert f"{work}: out of memory, 4 at once from here on" in caplog.text
     name = f"{method}_map_all.nii.gz"
     found = [scan_files.nib.load(tmp_path / f / name).get_fdata() for f in ("small", "large")]
     assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[0]).max()
@@ -303,6 +310,6 @@ def test_a_fault_of_the_background_writer_stops_the_run(tmp_path):
     def fail():
         raise RunError("the disk is full")
 
-    with pytest.raises(RunError, match="full"), files.BackgroundWriter() as writer:
+    with pytest.raises(RunError, match="full"), files.Background() as writer:
         writer.submit(fail)
-    assert N_SCANS > files.MAX_WAITING_WRITES  # so that a fault shows before a fold ends
+    assert N_SCANS > files.MAX_WAITING  # so that a fault shows before a fold ends
