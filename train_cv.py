@@ -267,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         "%d scans of %s voxels on %s; folds to train: %s",
         len(cohort.table), cohort.volume_shape, utils.describe_device(device), todo or "none",
     )  # fmt: skip
-    mine, team = teams.assign_folds(todo)
+    mine, team = teams.assign_folds(training_run.wanted_folds(args), todo)
     if mine:
         with (
             logging_redirect_tqdm([log]),
