@@ -10,6 +10,7 @@ MEMORY_MESSAGES = (  # of plain RuntimeErrors: torch's on the CPU, the driver's 
     "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+READER_MESSAGE = "DataLoader worker"  # torch raises it wherever the main process is just then
 
 
 class InputError(ValueError):
@@ -54,3 +55,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch could not get memory, on a GPU or on the CPU."""
     is_said = any(message in str(error) for message in MEMORY_MESSAGES)
     return is_said or isinstance(error, torch.OutOfMemoryError)
+
+
+def in_one_sentence(error: Exception) -> str | None:
+    """Return what to tell the user of an error, or None if only a traceback says enough."""
+    reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, InputError | RunError):
+        return str(error)
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return f"out of memory: a smaller --batch needs less ({reason})"
+    if isinstance(error, RuntimeError) and READER_MESSAGE in reason:
+        return f"a process that reads scans was killed, as for memory: {reason}"
+    return None

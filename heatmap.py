@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import attribution
 import checkpoints
@@ -208,26 +207,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    """Explain every fold's scans, then put the folds together."""
-    utils.start_log()
+def check_input(
+    args: argparse.Namespace,
+) -> tuple[torch.device, dataset.Cohort, nn.Module, list[Fold]]:
+    """Return device, cohort, model and the folds to explain, or say what is wrong."""
     device = utils.use_device(args.device)
-    utils.set_precision("fp32")
     cohort = dataset.read_cohort(args.path)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     plan = trained_run.plan_folds(args, cohort)
-    args.fold = len(plan)
     for fold in plan:
-        checkpoints.load_weights(model, fold.checkpoint_path)  # says what is wrong before writing
+        checkpoints.load_weights(model, fold.checkpoint_path)
+    return device, cohort, model, plan
 
+
+def main(args: argparse.Namespace) -> None:
+    """Explain every fold's scans, then put the folds together."""
+    utils.start_log()
+    utils.set_precision("fp32")
+    device, cohort, model, plan = ranks.agreed(lambda: check_input(args))
+    args.fold = len(plan)
     records = ranks.from_first(lambda: heatmap_run.start_methods(args, cohort, plan))
     if args.dry_run:
-        return rehearse(args, cohort, plan, model, device)
+        return rehearse(args, cohort, plan, model, device) if ranks.is_first() else None
     utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
     log.info(
         "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
     )
-    with logging_redirect_tqdm([log]):
+    with utils.log_above_bars():
         for fold in utils.progress(plan, "folds"):
             if args.only_fold in (None, fold.number):
                 work_on_fold(args, cohort, fold, model, device)

@@ -53,10 +53,11 @@ def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
         Inner products after subtracting the mean of all scans.
     mean : float32 array, shape (n_voxels,)
     """
-    n_scans = volumes.n_scans
+    n_scans, n_on_host = volumes.n_scans, ranks.n_on_host()
+    of_each = f", in each of this host's {n_on_host} processes" if n_on_host > 1 else ""
     log.info(
         "the Gram matrix of %d scans takes %.3g GB of memory, less than twice that while a fold is "
-        "fitted", n_scans, 8 * n_scans**2 / 1e9,
+        "fitted%s", n_scans, 8 * n_scans**2 / 1e9, of_each,
     )  # fmt: skip
     gram = np.zeros((n_scans, n_scans), order="F")
     mean = np.zeros(volumes.n_voxels, dtype=np.float32)

@@ -111,15 +111,9 @@ def batches(loader: DataLoader) -> Iterator:
     Raises
     ------
     RunError
-        If a scan cannot be read, in one sentence also from a reading process; or if such a process
-        was killed.
+        If a scan cannot be read, in one sentence also from a reading process.
     """
     try:
         yield from loader
     except RunError as error:  # torch hands on a reading process's whole traceback
         raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise RunError(f"a process that reads scans was killed, as for memory: {reason}") from None

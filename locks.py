@@ -10,9 +10,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from errors import InputError, RunError
+from utils import log
 
 LOCK_FOLDER = ".locks"
-MAX_WAIT_SECONDS = 300.0  # for what another process does in seconds: start a run, assemble it
+MAX_WAIT_SECONDS = 24 * 3600.0  # for another process to start a run or to put it together
+POLL_SECONDS = 0.25
 MAX_ORPHAN_SECONDS = 30.0  # the reading processes of a killed script hold its lock for some seconds
 
 
@@ -30,7 +32,7 @@ def one_writer(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
     name : str
         Of the work, such as "fold_3"; part of a file name.
     wait : bool
-        Wait for another process to be done, for some minutes, rather than refuse at once.
+        Wait for another process to be done, for a day at most, rather than refuse at once.
 
     Raises
     ------
@@ -42,14 +44,15 @@ def one_writer(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
     lock_path = folder / LOCK_FOLDER / f"{name}.lock"
     owner_path = lock_path.with_suffix(".owner")
     lock_path.parent.mkdir(exist_ok=True)
-    lock = FileLock(lock_path)
+    lock = FileLock(lock_path, fallback_to_soft=False)  # a soft one outlives a node that dies
     try:
         try:
-            lock.acquire(timeout=MAX_WAIT_SECONDS if wait else 0)
+            lock.acquire(timeout=0)
         except Timeout:
-            if not has_died(owner_path):
-                raise
-            lock.acquire(timeout=MAX_ORPHAN_SECONDS)
+            if wait:
+                log.info("waiting for %s (%s in %s)", describe_owner(owner_path), name, folder)
+            orphan_seconds = MAX_ORPHAN_SECONDS if has_died(owner_path) else 0
+            lock.acquire(MAX_WAIT_SECONDS if wait else orphan_seconds, POLL_SECONDS)
     except Timeout:
         owner = describe_owner(owner_path)
         raise InputError(

@@ -4,6 +4,7 @@ Without torchrun a job is one process, rank 0 of 1, and nothing here waits.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from errors import RunError
+from errors import InputError, RunError
 
 MAX_WAIT = timedelta(days=30)  # for ranks whose folds take longer than others'
 POLL_SECONDS = 0.05
@@ -39,6 +40,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
+def n_on_host() -> int:
+    """Return how many of the job's processes this host has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1
+
+
 def is_first() -> bool:
     """Tell whether this is the process that speaks for the job."""
     return rank() == 0
@@ -46,17 +52,26 @@ def is_first() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the job's other processes, and leave them at the end."""
+    """Join the job's other processes, and leave them when all are done; not after an error."""
     if world_size() == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=MAX_WAIT)
-    try:
-        yield
-        wait_for_all()
-    finally:
-        distributed.destroy_process_group()
+    yield
+    wait_for_all()
+    distributed.destroy_process_group()
+
+
+def leave_at_once(status: int) -> None:
+    """End this process with an exit status, if it has joined others; for after an error.
+
+    Without this, Python's end would wait for the others' part in whatever was under way.
+    """
+    if distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def wait_for_all(group: distributed.ProcessGroup | None = None) -> None:
@@ -87,6 +102,29 @@ def from_first(function: Callable[[], object]) -> object:
     wait_for_all()
     distributed.broadcast_object_list(result)
     return result[0]
+
+
+def agreed(check: Callable[[], object]) -> object:
+    """Call a function in every process; return its result if it refuses nobody's input.
+
+    Raises
+    ------
+    InputError
+        In the first process that has this message, so that each is said once.
+    RunError
+        In the others, when that process has stopped.
+    """
+    result, refusal = None, None
+    try:
+        result = check()
+    except InputError as error:
+        refusal = error
+    messages = gathered(refusal and str(refusal))
+    if refusal and messages.index(str(refusal)) == rank():
+        raise refusal
+    if any(messages):
+        wait_for_all()  # until it has spoken: whoever ends first has the others stopped
+    return result
 
 
 def gathered(value: object) -> list:

@@ -25,7 +25,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataset
 import files
@@ -232,18 +231,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_input(args: argparse.Namespace) -> tuple[dataset.Cohort, Path]:
+    """Return the cohort and the folder of its cache, or say what is wrong."""
+    cohort = dataset.read_cohort(args.path)
+    return cohort, volume_cache.locate(cohort, args.outpath, args.cache_dir)
+
+
 def main(args: argparse.Namespace) -> None:
     """Fit, test and map one SVM a fold, then put the folds together."""
     utils.start_log()
-    cohort = dataset.read_cohort(args.path)
-    cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
-
+    cohort, cache_folder = ranks.agreed(lambda: check_input(args))
     record, splits, todo = ranks.from_first(lambda: start_run(args, cohort, cache_folder))
     utils.start_log(args.outpath / utils.log_name("svm", args.only_fold))
     start = time.perf_counter()
     if todo:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(logging_redirect_tqdm([log]))
+            stack.enter_context(utils.log_above_bars())
             for fold in todo if ranks.is_first() else []:
                 stack.enter_context(one_writer(args.outpath, RUN.lock_name(fold)))
             volumes = stack.enter_context(volume_cache.opened(cohort, cache_folder, args.workers))

@@ -6,6 +6,7 @@ batch statistics, dropout, loss and gradients are those of the whole batch, up t
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,6 +14,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import ranks
+
+MAX_LATE = timedelta(minutes=30)  # a member that comes later to a step is dead; nccl cannot tell
 
 
 class _Total(torch.autograd.Function):
@@ -42,12 +45,15 @@ class Team:
         This process's place in the team.
     size : int
     group : ProcessGroup or None
-        None for a team of one.
+        For sums within a training step. None for a team of one.
+    patient_group : ProcessGroup or None
+        For waiting, which may take as long as another host decodes scans.
     """
 
     index: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
+    patient_group: distributed.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -66,32 +72,50 @@ class Team:
         """Return the members' values, in their order."""
         if self.size == 1:
             return [value]
-        ranks.wait_for_all(self.group)
+        ranks.wait_for_all(self.patient_group)
         values = [None] * self.size
-        distributed.all_gather_object(values, value, group=self.group)
+        distributed.all_gather_object(values, value, group=self.patient_group)
         return values
 
     def wait(self) -> None:
         """Return when every member has come to this point."""
         if self.size > 1:
-            ranks.wait_for_all(self.group)
+            ranks.wait_for_all(self.patient_group)
 
 
-def assign_folds(folds: list[int]) -> tuple[list[int], Team]:
-    """Return the folds that this process trains, and its team.
+def assign_folds(wanted: list[int], todo: list[int]) -> tuple[list[int], Team]:
+    """Return the folds that this process is to train, and its team.
 
-    Fold i goes to rank i mod the number of processes; with more processes than folds, rank r joins
-    the team of the fold in place r mod the number of folds.
+    Unfinished folds go round the processes. With more processes than folds, rank r joins the team
+    of the fold in place r mod the number of folds.
+
+    Parameters
+    ----------
+    wanted : list of int
+        The folds that were asked for. They decide on teams, so that a run that is gone on with
+        computes as it began.
+    todo : list of int
+        Those that are not finished.
     """
     n_ranks, rank = ranks.world_size(), ranks.rank()
-    if n_ranks <= len(folds) or not folds:
-        return folds[rank::n_ranks], Team()
-    for place, fold in enumerate(folds):
-        members = list(range(place, n_ranks, len(folds)))
-        group = distributed.new_group(members) if len(members) > 1 else None  # all must call it
+    if n_ranks <= len(wanted):
+        return todo[rank::n_ranks], Team()
+    for place, fold in enumerate(wanted):
+        members = list(range(place, n_ranks, len(wanted)))
+        team = join_team(members)  # every process must call it for every team
         if rank in members:
-            mine = [fold], Team(members.index(rank), len(members), group)
+            mine = [fold] if fold in todo else [], team
     return mine
+
+
+def join_team(members: list[int]) -> Team:
+    """Return the team of these ranks as this process, if it is one of them, sees it."""
+    if len(members) == 1:
+        return Team()
+    group = distributed.new_group(members, timeout=MAX_LATE)
+    patient_group = distributed.new_group(members, timeout=ranks.MAX_WAIT, backend="gloo")
+    index = members.index(ranks.rank()) if ranks.rank() in members else -1
+    return Team(index, len(members), group, patient_group)
 
 
 # One fold by several processes
@@ -114,6 +138,11 @@ class SharedBatchNorm3d(nn.BatchNorm3d):
         """Normalise (N, C, D, H, W); N, the member's share, may be 0."""
         if not self.training:
             return super().forward(inputs)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self.normalise(inputs.float()).to(inputs.dtype)
+
+    def normalise(self, inputs: Tensor) -> Tensor:
+        """Normalise float32 inputs: bfloat16 would round counts and running statistics."""
         axes = (0, 2, 3, 4)
         count = inputs.new_tensor([inputs.numel() / self.num_features])
         totals = self.team.total(torch.cat([inputs.sum(axes), count]))

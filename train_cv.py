@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataset
 import fold_state
@@ -247,29 +246,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_input(args: argparse.Namespace) -> tuple[torch.device, dataset.Cohort, Path]:
+    """Return device, cohort and the folder of its cache, or say what is wrong before writing."""
+    device = utils.use_device(args.device)
+    cohort = dataset.read_cohort(args.path)
+    models.build_model(args.model, cohort.volume_shape)
+    return device, cohort, volume_cache.locate(cohort, args.outpath, args.cache_dir)
+
+
 def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
-    device = utils.use_device(args.device)
     utils.set_precision(args.precision)
-    cohort = dataset.read_cohort(args.path)
-    models.build_model(args.model, cohort.volume_shape)  # says what is wrong before writing
-    cache_folder = volume_cache.locate(cohort, args.outpath, args.cache_dir)
-
+    device, cohort, cache_folder = ranks.agreed(lambda: check_input(args))
     record, splits, todo = ranks.from_first(
         lambda: training_run.start_run(args, cohort, device, cache_folder)
     )
     if args.dry_run:
-        return rehearse(args, cohort, splits, device, cache_folder)
+        if ranks.is_first():
+            rehearse(args, cohort, splits, device, cache_folder)
+        return
     utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",
         len(cohort.table), cohort.volume_shape, utils.describe_device(device), todo or "none",
     )  # fmt: skip
-    mine, team = teams.assign_folds(todo)
+    mine, team = teams.assign_folds(training_run.wanted_folds(args), todo)
     if mine:
         with (
-            logging_redirect_tqdm([log]),
+            utils.log_above_bars(),
             training_run.open_cache(args, cohort, cache_folder) as cached,
         ):
             for fold in utils.progress(mine, "folds"):

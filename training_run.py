@@ -36,10 +36,14 @@ RUN = runs.RunKind(
 # Begin, or go on
 
 
+def wanted_folds(args: argparse.Namespace) -> list[int]:
+    """Return the folds that were asked for."""
+    return list(range(args.fold)) if args.only_fold is None else [args.only_fold]
+
+
 def unfinished_folds(args: argparse.Namespace) -> list[int]:
-    """Return the folds that are to be trained here and have not been tested yet."""
-    wanted = range(args.fold) if args.only_fold is None else [args.only_fold]
-    return [fold for fold in wanted if not fold_state.is_finished(args.outpath, fold)]
+    """Return the folds that were asked for and have not been tested yet."""
+    return [f for f in wanted_folds(args) if not fold_state.is_finished(args.outpath, f)]
 
 
 def open_cache(

@@ -1,12 +1,14 @@
 """What every script shares: exit statuses, options, device, seeds, logs, progress."""
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
 import random
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import ranks
-from errors import InputError, RunError, Stopped, stoppable
+from errors import InputError, Stopped, in_one_sentence, stoppable
 
 N_WORKERS = min(4, os.cpu_count())
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -47,22 +50,28 @@ def run_script(main: Callable, args: argparse.Namespace, advice: str = "") -> in
     """Run a script's `main(args)` and return its exit status.
 
     0 done; 2 the input is at fault; 128 plus its number for a signal; 1 anything else. `advice`
-    says, after a signal, how to go on.
+    says, after a signal, how to go on. Under torchrun a process that fails speaks and ends without
+    waiting for the others.
     """
     speaker = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
     try:
         with stoppable(), ranks.joined():
             main(args)
-    except InputError as error:
-        print(f"{speaker}error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"{speaker}error: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return 0
     except Stopped as stop:
         print(f"{speaker}stopped by {stop.signal.name}. {advice}".rstrip(), file=sys.stderr)
-        return 128 + stop.signal
-    return 0
+        status = 128 + stop.signal
+    except Exception as error:
+        message = in_one_sentence(error)
+        if message is not None:
+            print(f"{speaker}error: {printable(message)}", file=sys.stderr)
+        elif ranks.world_size() == 1:
+            raise
+        else:
+            traceback.print_exc()
+        status = 2 if isinstance(error, InputError) else 1
+    ranks.leave_at_once(status)
+    return status
 
 
 # Command-line options
@@ -245,7 +254,8 @@ class PrintableFormatter(logging.Formatter):
 def start_log(log_path: Path | None = None) -> None:
     """Log to stderr and, once there is an output folder, also to a file.
 
-    Under torchrun the first process speaks on stderr, the others warn only; each has a file.
+    Under torchrun the first process speaks on stderr; the others warn only, once there is an
+    output folder: until then all check the same. Each has a file.
     """
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
@@ -254,7 +264,8 @@ def start_log(log_path: Path | None = None) -> None:
     speaker = f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(PrintableFormatter(f"{speaker}%(message)s"))
-    to_stderr.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
+    others_level = logging.ERROR if log_path is None else logging.WARNING
+    to_stderr.setLevel(logging.INFO if ranks.is_first() else others_level)
     log.addHandler(to_stderr)
     if log_path is not None:
         if not ranks.is_first():
@@ -273,6 +284,13 @@ def progress(items: Iterable | None = None, description: str = "", **options) ->
     """Return a progress bar on stderr; none where that is no terminal, or another rank's."""
     disable = None if ranks.is_first() else True
     return tqdm(items, description, disable=disable, **options)
+
+
+def log_above_bars() -> contextlib.AbstractContextManager:
+    """Return a block in which log lines go above progress bars; ranks without bars log as ever."""
+    if not ranks.is_first():  # tqdm would print all that their level holds back
+        return contextlib.nullcontext()
+    return logging_redirect_tqdm([log])
 
 
 def now() -> str:

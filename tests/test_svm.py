@@ -1,7 +1,9 @@
 """The SVM against scikit-learn on the full matrix, and its pattern against the full covariance."""
 
+import logging
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -160,3 +162,15 @@ def test_bad_input(case, cohort_csv, run_path, tmp_path, capsys):
     assert status == 2
     assert message in capsys.readouterr().err
     assert not outpath.exists()
+
+
+def test_memory_of_a_host_with_several_processes(monkeypatch, caplog):
+    """Each process holds the Gram matrix: the message says so."""
+    volumes = SimpleNamespace(n_scans=3, n_voxels=5, read=lambda *_: np.eye(3, 5, dtype="f4"))
+    caplog.set_level(logging.INFO, "heatmaps")
+    linear_svm.gram_matrix(volumes)
+    assert "processes" not in caplog.text
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "4"}.get(name, "0"))
+    linear_svm.gram_matrix(volumes)
+    assert "is fitted, in each of this host's 4 processes" in caplog.text

@@ -1,11 +1,9 @@
-"""Several processes through torchrun and Slurm's scripts: the same results as one process."""
+"""Several processes through torchrun: the same results as one process."""
 
 import os
+import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import N_FOLDS, N_SCANS, SHAPE, train_arguments
+from processes import (
+    finish,
+    heatmap_arguments,
+    ranks_of,
+    significant,
+    torchrun,
+    wait_for,
+)  # fmt: skip
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -22,54 +28,67 @@ import loading
 import models
 import svm
 import teams
-import train_cv
 from teams import Team
-
-ROOT = Path(train_cv.__file__).parent
-SLURM = ROOT / "examples" / "slurm"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-SIGNIFICANT = ("state_dict", "predictions", "metrics", "splits", "train_loss", "valid_loss")
-
-
-def torchrun(n_processes: int, script: str, *arguments: object) -> subprocess.Popen:
-    """Start a script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n_processes,
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", ROOT / script,
-               *arguments]  # fmt: skip
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """Wait for a process that must end well; return its stdout and stderr."""
-    output = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
-def significant(outpath: Path) -> dict[str, bytes]:
-    """Return the bytes of the files that say nothing of times."""
-    return {p.name: p.read_bytes() for p in outpath.iterdir() if p.name.startswith(SIGNIFICANT)}
-
-
-def heatmap_arguments(cohort_csv: Path, run_path: Path, outpath: Path) -> list[object]:
-    return ["--path", cohort_csv, "--modelpath", run_path, "--model", "modelT8", "--device", "cpu",
-            "--outpath", outpath, "--method", "LRP", "--by-outcome", "--save-subjects",
-            "--workers", "0"]  # fmt: skip
-
 
 # Training
 
 
 def test_two_processes_train_the_folds_of_one(cohort_csv, run_path, tmp_path):
-    """Bit for bit; the metrics are printed once, and the log lines say whose they are."""
+    """Bit for bit; the metrics are printed once, the second process logs to a file of its own."""
     output, messages = finish(torchrun(2, "train_cv.py", *train_arguments(cohort_csv, tmp_path)))
     assert significant(tmp_path) == significant(run_path)
     assert output.count("pooled_low") == 1
-    assert "[rank 0] fold 0 epoch   1" in messages and "[rank 1] fold 1 epoch   1" in messages
+    assert "[rank 0] fold 0 epoch   1" in messages and "[rank 1]" not in messages
+    assert "[rank 1] INFO fold 1 epoch   1" in (tmp_path / "train_cv.rank1.log").read_text()
     assert not list(tmp_path.glob(".cache*"))
+
+
+def losses_of(outpath: Path, fold: int) -> pd.DataFrame:
+    """Return a fold's history but for times."""
+    return pd.read_csv(outpath / f"history_f{fold}.csv").drop(columns="seconds")
+
+
+def test_a_run_that_is_gone_on_with_by_more_processes_than_folds_are_left(
+    cohort_csv, run_path, tmp_path
+):
+    """One of two folds is left to two processes: one of them trains it, bit for bit."""
+    shutil.copytree(run_path, tmp_path, dirs_exist_ok=True)
+    for path in [*tmp_path.glob("*_f1.*"), tmp_path / "metrics.csv", tmp_path / "predictions.csv"]:
+        path.unlink()
+    finish(torchrun(2, "train_cv.py", *train_arguments(cohort_csv, tmp_path)))
+    assert significant(tmp_path) == significant(run_path)
+
+
+@pytest.mark.slow
+def test_only_fold_is_trained_by_all_processes(cohort_csv, run_path, tmp_path):
+    """A team for the one fold, then for the other; whoever is last puts them together."""
+    for fold, rtol in ((1, 1e-2), (0, 2e-5)):  # changing weights by 1e-5 moves fold 1 as far
+        assert not (tmp_path / "metrics.csv").exists()
+        arguments = train_arguments(cohort_csv, tmp_path, "--only-fold", str(fold))
+        finish(torchrun(2, "train_cv.py", *arguments))
+        np.testing.assert_allclose(losses_of(tmp_path, fold), losses_of(run_path, fold), rtol=rtol)
+    assert significant(tmp_path).keys() == significant(run_path).keys()
+
+
+@pytest.mark.slow
+def test_a_team_that_is_killed_goes_on(cohort_csv, tmp_path):
+    """The member that does not lead is killed; at the end, the losses of an uninterrupted team."""
+    arguments = train_arguments(
+        cohort_csv, tmp_path / "killed", "--only-fold", "0", "--epochs", "60", "--patience", "60"
+    )
+    with torchrun(2, "train_cv.py", *arguments) as process:
+        wait_for((tmp_path / "killed" / "checkpoint_f0.pt").is_file, process)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        process.communicate(timeout=90)
+    assert process.returncode == 1
+    state = checkpoints.load(tmp_path / "killed" / "checkpoint_f0.pt")["state"]
+    assert len(state["history"]) < 60
+    finish(torchrun(2, "train_cv.py", *arguments))
+    arguments[arguments.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
+    finish(torchrun(2, "train_cv.py", *arguments))
+    found, expected = (losses_of(tmp_path / folder, 0) for folder in ("killed", "whole"))
+    assert list(found["epoch"]) == list(range(1, 61))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -78,11 +97,7 @@ def test_three_processes_train_two_folds(cohort_csv, run_path, tmp_path):
     finish(torchrun(3, "train_cv.py", *train_arguments(cohort_csv, tmp_path)))
     assert significant(tmp_path)["splits.csv"] == significant(run_path)["splits.csv"]
     for fold in range(N_FOLDS):
-        expected, found = (
-            pd.read_csv(path / f"history_f{fold}.csv").drop(columns="seconds")
-            for path in (run_path, tmp_path)
-        )
-        np.testing.assert_allclose(found, expected, rtol=2e-5)
+        np.testing.assert_allclose(losses_of(tmp_path, fold), losses_of(run_path, fold), rtol=2e-5)
     assert (tmp_path / "train_loss_f1.npy").read_bytes() == (
         run_path / "train_loss_f1.npy"
     ).read_bytes()
@@ -96,9 +111,7 @@ def test_a_killed_rank_brings_the_job_down_and_the_same_command_goes_on(
     arguments[arguments.index("--epochs") + 1] = "200"
     long_arguments = [*arguments, "--patience", "200"]
     with torchrun(2, "train_cv.py", *long_arguments) as process:
-        while not (tmp_path / "checkpoint_f1.pt").is_file():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        wait_for((tmp_path / "checkpoint_f1.pt").is_file, process)
         owner = (tmp_path / ".locks" / "run_fold_1.owner").read_text()
         os.kill(int(owner.split('"process": ')[1].rstrip("}")), signal.SIGKILL)
         process.communicate(timeout=90)
@@ -142,6 +155,32 @@ def test_processes_share_the_scans(cohort_csv, run_path, tmp_path, n_processes):
 
 
 @pytest.mark.slow
+def test_killed_processes_that_share_scans_go_on(cohort_csv, run_path, tmp_path):
+    """At the end, the very maps of scans that one process makes, each once."""
+    more = ("--method", "IG", "--steps", "100")
+    alone, shared = (
+        heatmap_arguments(cohort_csv, run_path, tmp_path / name, *more) for name in ("1", "2")
+    )
+    with torchrun(2, "heatmap.py", *shared) as process:
+        wait_for(lambda: len(list((tmp_path / "2" / "IG_subjects").glob("0*"))) >= 3, process)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert not (tmp_path / "2" / "IG_map_all.nii.gz").exists()
+    finish(torchrun(2, "heatmap.py", *shared))
+    finish(torchrun(1, "heatmap.py", *alone))
+    names, expected_names = (
+        {p.relative_to(folder) for p in folder.rglob("*.nii.gz")}
+        for folder in (tmp_path / "2", tmp_path / "1")
+    )
+    assert names == expected_names
+    assert len([name for name in names if name.parent.name == "IG_subjects"]) == N_SCANS
+    for name in names:
+        expected, found = (nib.load(tmp_path / n / name).get_fdata() for n in "12")
+        assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.slow
 def test_more_processes_than_scans(cohort_csv, run_path, tmp_path):
     """Nine processes, eight scans a fold: one of them has nothing to do."""
     finish(torchrun(9, "heatmap.py", *heatmap_arguments(cohort_csv, run_path, tmp_path)))
@@ -161,16 +200,45 @@ def test_processes_share_the_gram_matrix(cohort_csv, run_path, tmp_path):
 # One fold by a team
 
 
-def test_folds_go_round(monkeypatch):
-    """Five folds to two ranks; with no more to do, nobody has any."""
-    monkeypatch.setattr(teams.ranks, "world_size", lambda: 2)
+def assign(monkeypatch, n_ranks: int, n_folds: int, todo: list[int]) -> list:
+    """Return what each rank is assigned."""
+    monkeypatch.setattr(teams.ranks, "world_size", lambda: n_ranks)
     found = []
-    for rank in range(2):
+    for rank in range(n_ranks):
         monkeypatch.setattr(teams.ranks, "rank", lambda rank=rank: rank)
-        found.append(teams.assign_folds([0, 1, 2, 3, 4]))
-    assert [folds for folds, _ in found] == [[0, 2, 4], [1, 3]]
-    assert all(team == Team() for _, team in found)
-    assert teams.assign_folds([]) == ([], Team())
+        found.append(teams.assign_folds(list(range(n_folds)), todo))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("todo", "expected"),
+    [([0, 1, 2, 3, 4], [[0, 2, 4], [1, 3]]), ([1, 4], [[1], [4]]), ([4], [[4], []]),
+     ([], [[], []])],
+)  # fmt: skip
+def test_folds_go_round(monkeypatch, todo, expected):
+    """Five folds, all or what is left of them, to two ranks, each on its own."""
+    found = assign(monkeypatch, 2, 5, todo)
+    assert found == [(folds, Team()) for folds in expected]
+
+
+def test_teams_are_those_of_the_folds_asked_for(monkeypatch):
+    """Also where folds are finished; their members wait as long as it takes, but not in a step."""
+    timeouts = []
+
+    def new_group(members, timeout=None, backend=None):
+        timeouts.append((backend, timeout))
+
+    monkeypatch.setattr(teams.distributed, "new_group", new_group)
+    found = assign(monkeypatch, 5, 2, [1])
+    assert [folds for folds, _ in found] == [[], [1], [], [1], []]
+    assert [(team.index, team.size) for _, team in found] == [
+        (0, 3),
+        (0, 2),
+        (1, 3),
+        (1, 2),
+        (2, 3),
+    ]
+    assert ("gloo", teams.ranks.MAX_WAIT) in timeouts and (None, teams.MAX_LATE) in timeouts
 
 
 def test_shares_make_up_each_batch():
@@ -181,102 +249,66 @@ def test_shares_make_up_each_batch():
     assert volumes.shape == (0, 1, *SHAPE) and len(labels) == len(rows) == 0
 
 
-def train_as_member(index: int, size: int, port: int, outpath: str) -> None:
+def train_as_member(index: int, size: int, port: int, outpath: str, precision: str) -> None:
     """Train three steps on a share of each batch, the last of them smaller than the team."""
     torch.set_num_threads(1)
     address = f"tcp://localhost:{port}"
     distributed.init_process_group("gloo", init_method=address, rank=index, world_size=size)
     team = Team(index, size, distributed.group.WORLD)
-    losses, model = train_three_steps(team)
+    losses, model = train_three_steps(team, precision)
     if team.leads:
         torch.save({"losses": losses, "weights": model.state_dict()}, outpath)
     distributed.destroy_process_group()
 
 
-def train_three_steps(team: Team) -> tuple[torch.Tensor, nn.Module]:
+def train_three_steps(team: Team, precision: str) -> tuple[torch.Tensor, nn.Module]:
     """Return the losses and the model, trained by plain gradient descent."""
     torch.manual_seed(0)
     model = models.build_model("modelT8", SHAPE).train()
     volumes, labels = torch.rand(5, 1, *SHAPE), torch.tensor([0, 1, 1, 0, 1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     network, criterion = teams.share_training(model, team)
+    in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     losses = []
     for n_scans in (5, 4, 2):
         share = slice(team.index, n_scans, team.size)
         optimizer.zero_grad()
-        loss = criterion(network(volumes[share]), labels[share])
+        with in_bf16:
+            loss = criterion(network(volumes[share]), labels[share])
         loss.backward()
         optimizer.step()
         losses.append(team.mean(loss.detach()))
     return torch.stack(losses), model
 
 
-def test_a_team_computes_what_one_process_does(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "rtol", "atol"), [("fp32", 1e-5, 1e-5), ("bf16", 0.03, 0.06)]
+)
+def test_a_team_computes_what_one_process_does(tmp_path, precision, rtol, atol):
     """Losses, weights and running statistics; in the last step one member has no scan at all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(train_as_member, (3, port, str(tmp_path / "team.pt")), nprocs=3)
+    multiprocessing.spawn(
+        train_as_member, (3, port, str(tmp_path / "team.pt"), precision), nprocs=3
+    )
     found = torch.load(tmp_path / "team.pt", weights_only=True)
-    losses, model = train_three_steps(Team())
-    torch.testing.assert_close(found["losses"], losses, rtol=1e-5, atol=0)
+    losses, model = train_three_steps(Team(), precision)
+    torch.testing.assert_close(found["losses"], losses, rtol=rtol, atol=0)
     for key, expected in model.state_dict().items():
-        torch.testing.assert_close(found["weights"][key], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["weights"][key], expected, rtol=10 * rtol, atol=atol)
         if "running" in key:
             assert (expected != float("var" in key)).all()  # they have moved
 
 
-# Slurm
-
-
-@pytest.fixture
-def cluster(tmp_path) -> dict[str, str]:
-    """Return an environment with stand-ins for srun and scontrol, and a scratch disk."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    stand_ins = {
-        "srun": 'exec "$@"',
-        "scontrol": "echo localhost",
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-        "python3": f'exec {sys.executable} "$@"',
-    }
-    for name, line in stand_ins.items():
-        (commands / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
-        (commands / name).chmod(0o755)
-    (tmp_path / "scratch").mkdir()
-    return ENVIRONMENT | {
-        "PATH": f"{commands}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "scratch"),
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
-        "SLURM_GPUS_ON_NODE": "2",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda path: path.name)
-def test_slurm_scripts_are_shell(script):
-    assert subprocess.run(["bash", "-n", script], check=True).returncode == 0
-    assert "#SBATCH --time" in script.read_text()
-
-
-@pytest.mark.slow
-def test_job_array(cohort_csv, run_path, tmp_path, cluster):
-    """Each task one fold; the last one puts them together, and the node's disk is clean."""
-    arguments = ["train_cv.py", *train_arguments(cohort_csv, tmp_path / "run")]
-    for task in range(N_FOLDS):
-        done = subprocess.run(
-            ["bash", SLURM / "job_array.sh", *arguments], cwd=ROOT, capture_output=True, text=True,
-            env=cluster | {"SLURM_ARRAY_TASK_ID": str(task)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert significant(tmp_path / "run") == significant(run_path)
-    assert not list((tmp_path / "scratch").rglob("volumes.f32"))
-
-
-@pytest.mark.slow
-def test_torchrun_job(cohort_csv, run_path, tmp_path, cluster):
-    arguments = ["train_cv.py", *train_arguments(cohort_csv, tmp_path / "run")]
-    done = subprocess.run(
-        ["bash", SLURM / "torchrun.sh", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env=cluster,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert significant(tmp_path / "run") == significant(run_path)
+def test_statistics_of_bf16_are_not_rounded():
+    """Those of a layer whose inputs alone are bfloat16, as torch's own layer has them."""
+    torch.manual_seed(0)
+    inputs = (torch.rand(3, 2, 11, 13, 7) + 5).bfloat16()  # 3003 values: bfloat16 would say 3008
+    own, shared = nn.BatchNorm3d(2), teams.SharedBatchNorm3d(nn.BatchNorm3d(2), Team())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = own(inputs), shared(inputs)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(shared, name), getattr(own, name), rtol=1e-5, atol=0)

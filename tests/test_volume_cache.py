@@ -23,7 +23,7 @@ import train_cv
 import utils
 import volume_cache
 import volume_file
-from utils import RunError
+from errors import RunError
 
 PROCESSES = multiprocessing.get_context("fork")  # real ones, without the seconds of importing torch
 load_volume = scan_files.load_volume

@@ -19,8 +19,10 @@
 #SBATCH --output=slurm-%A_%a.out
 set -euo pipefail
 
+# srun does not take this over from sbatch since Slurm 22.05
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 options=(--only-fold "$SLURM_ARRAY_TASK_ID")
-if [[ -n ${TMPDIR:-} && $1 != heatmap.py ]]; then
+if [[ -n ${TMPDIR:-} && $1 != *heatmap.py ]]; then
     options+=(--cache-dir "$TMPDIR") # decoded scans on the node's own disk, not below --outpath
 fi
 srun python3 "$@" "${options[@]}"

@@ -19,9 +19,16 @@
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 
+# srun does not take this over from sbatch since Slurm 22.05
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((10000 + SLURM_JOB_ID % 20000)) # another job may have the same first node
 
-srun torchrun \
+if [[ -n ${TMPDIR:-} && $1 != *heatmap.py ]]; then
+    set -- "$@" --cache-dir "$TMPDIR" # decoded scans on each node's own disk, not below --outpath
+fi
+# torchrun ends a node's processes when one fails; ending the other nodes' is left to srun
+srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first_node:29500" \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first_node:$port" \
     "$@"

@@ -1,0 +1,105 @@
+"""Slurm's scripts, run with stand-ins for its commands: the same results as one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import N_FOLDS, train_arguments
+from processes import ENVIRONMENT, ROOT, finish, heatmap_arguments, significant, torchrun
+
+SLURM = ROOT / "examples" / "slurm"
+SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+
+
+@pytest.fixture
+def cluster(tmp_path) -> dict[str, str]:
+    """Return an environment with stand-ins for srun and scontrol, and a scratch disk."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    stand_ins = {
+        "srun": SRUN,
+        "scontrol": "echo localhost",
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "python3": f'exec {sys.executable} "$@"',
+    }
+    for name, lines in stand_ins.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (commands / name).chmod(0o755)
+    (tmp_path / "scratch").mkdir()
+    return ENVIRONMENT | {
+        "PATH": f"{commands}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "scratch"),
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_JOB_ID": "40007",
+        "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "3",
+    }  # fmt: skip
+
+
+def submit(script: str, cluster: dict[str, str], *arguments: object) -> None:
+    """Run a script as Slurm would: each task of an array, or the one job."""
+    tasks = range(N_FOLDS) if script == "job_array.sh" else [0]
+    for task in tasks:
+        done = subprocess.run(
+            ["bash", SLURM / script, *map(str, arguments)], cwd=ROOT, capture_output=True,
+            text=True, env=cluster | {"SLURM_ARRAY_TASK_ID": str(task)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def svm_arguments(cohort_csv: Path, run_path: Path, outpath: Path) -> list[object]:
+    return ["--path", cohort_csv, "--modelpath", run_path, "--workers", "0", "--outpath", outpath]
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda path: path.name)
+def test_slurm_scripts_are_shell(script):
+    assert subprocess.run(["bash", "-n", script], check=True).returncode == 0
+    assert "#SBATCH --time" in script.read_text()
+
+
+@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
+def test_what_srun_is_given(tmp_path, cluster, script):
+    """Cores, a port of the job's own, the node's disk, and the end of all nodes with one."""
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK $@" > "$TMPDIR/given.txt"\n'
+    )
+    given_path = tmp_path / "scratch" / "given.txt"
+    submit(script, cluster, "train_cv.py", "--fold", "2")
+    given = given_path.read_text()
+    assert given.startswith("3 ")
+    assert f"train_cv.py --fold 2 --{'only-fold 1 --' if 'array' in script else ''}cache" in given
+    assert given.endswith(f"--cache-dir {tmp_path / 'scratch'}\n")
+    submit(script, cluster, "heatmap.py", "--fold", "2")
+    assert "cache-dir" not in given_path.read_text()
+    if script == "torchrun.sh":
+        assert " --kill-on-bad-exit=1 torchrun " in given and "localhost:10007 " in given
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
+def test_training(cohort_csv, run_path, tmp_path, cluster, script):
+    """Bit for bit; the node's disk is clean."""
+    submit(script, cluster, "train_cv.py", *train_arguments(cohort_csv, tmp_path / "run"))
+    assert significant(tmp_path / "run") == significant(run_path)
+    assert not list((tmp_path / "scratch").rglob("volumes.f32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
+@pytest.mark.parametrize(
+    ("command", "arguments_of", "map_name"),
+    [
+        ("heatmap.py", heatmap_arguments, "LRP_map_all.nii.gz"),
+        ("svm.py", svm_arguments, "SVM_pattern_all.nii.gz"),
+    ],
+)
+def test_maps(cohort_csv, run_path, tmp_path, cluster, script, command, arguments_of, map_name):
+    submit(script, cluster, command, *arguments_of(cohort_csv, run_path, tmp_path / "slurm"))
+    finish(torchrun(1, command, *arguments_of(cohort_csv, run_path, tmp_path / "alone")))
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    logs = {name for name in names if name.endswith(".log")}
+    assert names - logs <= {path.name for path in (tmp_path / "slurm").iterdir()}
+    expected, found = (nib.load(tmp_path / f / map_name).get_fdata() for f in ("alone", "slurm"))
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert not list((tmp_path / "scratch").rglob("volumes.f32"))
