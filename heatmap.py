@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import attribution
 import checkpoints
 import dataset
+import devices
 import explaining
 import files
 import heatmap_run
@@ -211,7 +212,7 @@ def check_input(
     args: argparse.Namespace,
 ) -> tuple[torch.device, dataset.Cohort, nn.Module, list[Fold]]:
     """Return device, cohort, model and the folds to explain, or say what is wrong."""
-    device = utils.use_device(args.device)
+    device = devices.select_device(args.device)
     cohort = dataset.read_cohort(args.path)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     plan = trained_run.plan_folds(args, cohort)
@@ -223,7 +224,7 @@ def check_input(
 def main(args: argparse.Namespace) -> None:
     """Explain every fold's scans, then put the folds together."""
     utils.start_log()
-    utils.set_precision("fp32")
+    devices.set_precision("fp32")
     device, cohort, model, plan = ranks.agreed(lambda: check_input(args))
     args.fold = len(plan)
     records = ranks.from_first(lambda: heatmap_run.start_methods(args, cohort, plan))
@@ -231,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
         return rehearse(args, cohort, plan, model, device) if ranks.is_first() else None
     utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
     log.info(
-        "%s of %d folds on %s", " ".join(args.method), len(plan), utils.describe_device(device)
+        "%s of %d folds on %s", " ".join(args.method), len(plan), devices.describe_device(device)
     )
     with utils.log_above_bars():
         for fold in utils.progress(plan, "folds"):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dataset
+import devices
 import fold_state
 import loading
 import metrics
@@ -235,7 +236,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="processes that decode scans, and that read ahead for a GPU; 0: the main process")
     option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
            help="train this fold only; whoever finishes the last one puts all together")
-    option("--precision", choices=utils.PRECISIONS, default="fp32",
+    option("--precision", choices=devices.PRECISIONS, default="fp32",
            help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
            "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
     option("--dry-run", action="store_true",
@@ -248,7 +249,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_input(args: argparse.Namespace) -> tuple[torch.device, dataset.Cohort, Path]:
     """Return device, cohort and the folder of its cache, or say what is wrong before writing."""
-    device = utils.use_device(args.device)
+    device = devices.select_device(args.device)
     cohort = dataset.read_cohort(args.path)
     models.build_model(args.model, cohort.volume_shape)
     return device, cohort, volume_cache.locate(cohort, args.outpath, args.cache_dir)
@@ -257,7 +258,7 @@ def check_input(args: argparse.Namespace) -> tuple[torch.device, dataset.Cohort,
 def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
-    utils.set_precision(args.precision)
+    devices.set_precision(args.precision)
     device, cohort, cache_folder = ranks.agreed(lambda: check_input(args))
     record, splits, todo = ranks.from_first(
         lambda: training_run.start_run(args, cohort, device, cache_folder)
@@ -269,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log(args.outpath / utils.log_name("train_cv", args.only_fold))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",
-        len(cohort.table), cohort.volume_shape, utils.describe_device(device), todo or "none",
+        len(cohort.table), cohort.volume_shape, devices.describe_device(device), todo or "none",
     )  # fmt: skip
     mine, team = teams.assign_folds(training_run.wanted_folds(args), todo)
     if mine:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+import devices
 import files
 import fold_state
 import folds
@@ -70,7 +71,7 @@ def start_run(
         raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {args.fold - 1}")
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
     record = runs.new_record(args, cohort, "train_cv.py", args.model)
-    record["device"] = utils.describe_device(device)
+    record["device"] = devices.describe_device(device)
     _, is_new = runs.open_run(args, cohort, record, RUN)
     if not args.no_cache and (is_new or unfinished_folds(args)):
         volume_cache.check_room(cohort, cache_folder)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-import utils
+import devices
 from convolution import hook_convolutions
 
 
@@ -22,7 +22,7 @@ def explaining(model: nn.Module, same_rounding: bool) -> Iterator[None]:
     model.eval().requires_grad_(False)
     handles = hook_convolutions(model, same_rounding)
     try:
-        with warnings.catch_warnings(), utils.exact_float32():
+        with warnings.catch_warnings(), devices.exact_float32():
             warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
             warnings.filterwarnings(
                 "ignore", message="Input Tensor .* did not already require grad"

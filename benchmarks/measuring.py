@@ -21,6 +21,7 @@ from torch.utils.benchmark import timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import devices
 import models
 
 Work = Callable[..., Tensor]
@@ -65,6 +66,9 @@ def make_case(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     """Return a network and a volume with zero background, as skull-stripped scans have."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(args.device)
+    devices.set_precision("fp32")  # for forward passes too
     torch.manual_seed(SEED)
     model = models.build_model(args.model, tuple(args.shape)).eval().requires_grad_(False)
     for module in model.modules():

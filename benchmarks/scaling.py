@@ -199,6 +199,10 @@ def main(args: argparse.Namespace) -> None:
     }
     for size_name, all_series in tables.items():
         print_series(all_series, size_name)
+    (cohorts,) = tables["scans"]
+    kept_gb = 4 * math.prod(COHORT_SIDES) / measuring.GIB
+    share = np.polyfit(cohorts.sizes, cohorts.gb, 1)[0] / kept_gb
+    print(f"memory grows by {share:.3f} of one volume a scan")
     plot(tables, args.plot)
 
 

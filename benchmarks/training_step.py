@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import devices
 import models
-import utils
 
 BATCH = 5
 MEMORY_FORMATS = {
@@ -32,7 +32,7 @@ N_STEPS = 3  # timed, after one that is not
 
 def make_step(args: argparse.Namespace, precision: str, memory_format: str) -> Callable:
     """Return a training step on random volumes."""
-    utils.set_precision(precision)
+    devices.set_precision(precision)
     torch.manual_seed(0)
     model = models.build_model(args.model, tuple(args.shape)).train()
     model = model.to(args.device, memory_format=MEMORY_FORMATS[memory_format])
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     n_operations, n_bytes = count_work(args)
-    precisions = utils.PRECISIONS if torch.device(args.device).type == "cuda" else ["fp32"]
+    precisions = devices.PRECISIONS if torch.device(args.device).type == "cuda" else ["fp32"]
     rows = []
     for precision in precisions:
         for memory_format in MEMORY_FORMATS:

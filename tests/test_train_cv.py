@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import checkpoints
 import dataset
+import devices
 import metrics
 import models
 import scan_files
@@ -231,7 +232,7 @@ def test_bf16_is_near_fp32_and_saves_float32(run_path, cohort_csv, tmp_path):
     ("name", "expected"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")]
 )
 def test_precision_of_float32_on_a_gpu(name, expected):
-    utils.set_precision(name)
+    devices.set_precision(name)
     assert torch.backends.cuda.matmul.fp32_precision == expected
     assert torch.backends.cudnn.conv.fp32_precision == expected
 
