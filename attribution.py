@@ -21,7 +21,7 @@ from first_block import FirstBlock, first_block_of
 from lrp_rules import RULES, OnePassLRP
 from rest import rest_after
 from untouched import attribute_on
-from utils import log
+from utils import say_once
 
 BETA = 0.5
 N_STEPS = 100
@@ -117,7 +117,7 @@ def integrated_gradients(
             with_shortcut = with_shortcut and n_steps > FEWEST_STEPS
             block = first_block_of(model, one_volume) if with_shortcut else None
             if with_shortcut and block is None:
-                _say_once("integrated gradients: no linear first block, every step is a whole pass")
+                say_once("integrated gradients: no linear first block, every step is a whole pass")
             if block is None:
                 method = IntegratedGradients(model)
                 maps.append(method.attribute(one_volume, 0, target=one_target, **options))
@@ -143,12 +143,6 @@ def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: di
     gradient = method.attribute(pooled, pooled / n_steps, target=target, **options)
     gradient *= (n_steps - 1) / n_steps
     return volume * block.input_gradient(volume, gradient, winners, first_gradient)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    """Log a message the first time only."""
-    log.info(message)
 
 
 # Guided Grad-CAM
@@ -191,7 +185,7 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: Targets) -> Tensor:
             maps = _guided_gradcam_in_one_pass(model, volume, target)
             if maps is not None:
                 return maps
-            _say_once("guided Grad-CAM: no plain rest after the last convolution, two passes")
+            say_once("guided Grad-CAM: no plain rest after the last convolution, two passes")
         method = GuidedGradCam(model, last_convolution(model))
         options = {"target": target, "interpolate_mode": "trilinear"}
         return method.attribute(volume.detach().clone(), **options)

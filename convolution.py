@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from utils import say_once
+
 # a 2×2×4 block of voxels fills the 16 lanes of a vector register
 BLOCK = (2, 2, 4)
 
@@ -157,6 +159,9 @@ def hook_convolutions(model: nn.Module, same_rounding: bool) -> list[RemovableHa
         if is_plain_one_channel(layer):
             handles.append(layer.register_forward_pre_hook(write_channels_last))
             handles.append(layer.register_forward_hook(replace_gradient))
-        elif same_rounding:
+            continue
+        if layer.in_channels == 1:
+            say_once("a convolution of one channel with stride or padding: its gradient is slow")
+        if same_rounding:
             handles.append(layer.register_forward_pre_hook(make_contiguous))
     return handles

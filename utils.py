@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -193,6 +194,12 @@ def start_log(log_path: Path | None = None) -> None:
         to_file = LogFile(log_path, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(PrintableFormatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
         log.addHandler(to_file)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log a message the first time only."""
+    log.info(message)
 
 
 def log_name(script: str, only_fold: int | None) -> str:

@@ -9,6 +9,7 @@ import attribution
 import convolution
 import first_block
 import lrp_rules
+import utils
 from benchmarks import plain
 from models import CNN3D, FAMILIES, ModelSpec
 
@@ -172,7 +173,7 @@ def test_integrated_gradients_take_the_plain_way_where_the_structure_is_missing(
     volumes = make_volumes(1, shape)
     model = changed(make_model("T", volumes), change)
     model.classifier[0] = nn.Linear(model.features(volumes).numel(), 64)
-    attribution._say_once.cache_clear()
+    utils.say_once.cache_clear()
     volumes /= volumes.amax()
     expected = plain.integrated_gradients(model, volumes, 0, n_steps=3)
     with caplog.at_level("INFO", logger="heatmaps"):
@@ -189,7 +190,7 @@ def test_guided_gradcam_takes_the_plain_way_where_the_structure_is_missing(chang
     shape = (22, 24, 23)
     volumes = make_volumes(1, shape)
     model = changed(make_model("T", volumes), change)
-    attribution._say_once.cache_clear()
+    utils.say_once.cache_clear()
     expected = plain.guided_gradcam(model, volumes, 0)
     with caplog.at_level("INFO", logger="heatmaps"):
         for _ in range(2):

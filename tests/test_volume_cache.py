@@ -408,6 +408,18 @@ def test_a_full_disk_stops_the_run(cohort, tmp_path):
     )
 
 
+def test_the_last_task_of_an_array_removes_what_all_hosts_left(cohort_csv, tmp_path):
+    """Until then a host's tasks share what the first one decoded."""
+    other = tmp_path / ".cache-other" / "0123"
+    other.mkdir(parents=True)
+    for name in ("lock", "volumes.f32"):
+        (other / name).write_bytes(b"")
+    assert train(cohort_csv, tmp_path, "--only-fold", "0") == 0
+    assert len(list(tmp_path.glob(".cache-*/*/volumes.f32"))) == 2
+    assert train(cohort_csv, tmp_path, "--only-fold", "1") == 0
+    assert not list(tmp_path.glob(".cache-*"))
+
+
 def test_cache_dir_is_a_file(cohort_csv, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(cohort_csv, tmp_path / "out", "--cache-dir", str(tmp_path / "file")) == 2
