@@ -126,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
     ig_errors = page_data.completeness_errors(dict(zip(maps, args.maps, strict=True)))
 
     utils.make_outpath(args.outpath)
+    files.remove_leftovers(args.outpath)
     utils.start_log(args.outpath / "compare.log")
     log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
     rows, curves, regions, volumes = [], {}, [], {}

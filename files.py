@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections import deque
@@ -53,8 +54,7 @@ def whole_file(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
     RunError
         If the file cannot be written; what stood at `path` is unharmed.
     """
-    owner = f"{TEMPORARY_PREFIX}{platform.node()}-{os.getpid()}"
-    temporary_path = path.with_name(f"{owner}-{path.name}")
+    temporary_path = path.with_name(f"{temporary_prefix()}{os.getpid()}@{path.name}")
     try:
         yield temporary_path
         with temporary_path.open("rb+") as file:
@@ -74,22 +74,28 @@ def describe_failure(path: Path, n_bytes: int | None, error: OSError) -> str:
     n_free = shutil.disk_usage(path.parent).free
     return (
         f"{path} cannot be written, the disk is full: {needed}{n_free / 1e6:.1f} MB are free. No "
-        "file was damaged; with more space the same command goes on"
+        "file was damaged; with more space the same command, without --overwrite, goes on"
     )
 
 
+def temporary_prefix() -> str:
+    """Return what this host's temporary files begin with; no host name has an @."""
+    return f"{TEMPORARY_PREFIX}{platform.node()}@"
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files below a folder whose writers were killed."""
-    here = f"{TEMPORARY_PREFIX}{platform.node()}-"
+    """Remove temporary files below a folder whose writers were killed; call it before writing."""
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        owner = path.name.removeprefix(here).split("-")[0]
+        here = re.match(rf"{re.escape(temporary_prefix())}(\d+)@", path.name)
         with suppress(FileNotFoundError):  # its writer has just finished
-            if path.name.startswith(here) and owner.isdigit():
-                is_left = not is_running(int(owner))
-            else:  # another host's
-                is_left = time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS
-            if is_left:
+            is_old = time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS
+            if is_old or (here and not is_another_running(int(here[1]))):
                 path.unlink()
+
+
+def is_another_running(process: int) -> bool:
+    """Tell whether a process other than this one, which may have a killed one's number, runs."""
+    return process != os.getpid() and is_running(process)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -100,8 +106,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
     """Write a table without its index; missing values are empty cells."""
+    write_bytes(path, csv_bytes(table, float_format))
+
+
+def csv_bytes(table: pd.DataFrame, float_format: str | None = None) -> bytes:
+    """Return what `write_csv` writes."""
     text = table.to_csv(index=False, float_format=float_format)
-    write_bytes(path, text.encode(errors="backslashreplace"))  # file names need not be UTF-8
+    return text.encode(errors="backslashreplace")  # file names need not be UTF-8
 
 
 def write_json(path: Path, content: dict) -> None:

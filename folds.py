@@ -92,6 +92,11 @@ def check_fold(part: np.ndarray, labels: np.ndarray, subjects: pd.Series | None,
         assert n_parts_of_subject.max() == 1, "a subject is split between training and testing"
 
 
+def count(splits: pd.DataFrame) -> int:
+    """Return how many folds a table of folds has."""
+    return len(splits.filter(regex=FOLD_COLUMN).columns)
+
+
 def read_splits(splits_path: Path, cohort: Cohort) -> pd.DataFrame:
     """Read a run's splits.csv, in the cohort's order.
 

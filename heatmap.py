@@ -38,23 +38,31 @@ import maps
 import models
 import ranks
 import rehearsal
+import runs
 import trained_run
 import utils
-from locks import one_writer
 from trained_run import Fold
 from utils import log
 
 # One fold
 
 
-def set_weights(args: argparse.Namespace, model: nn.Module, fold: Fold) -> None:
+def set_weights(
+    args: argparse.Namespace, model: nn.Module, fold: Fold, records: dict[str, dict]
+) -> None:
     """Give the model the fold's trained weights or, with --randomize, freshly drawn ones.
+
+    Raises
+    ------
+    RunError
+        If the weights are not those that the run began with.
 
     References
     ----------
     Adebayo et al., NeurIPS 2018, arXiv:1810.03292
     """
     if not args.randomize:
+        heatmap_run.check_weights(fold, records)
         checkpoints.load_weights(model, fold.checkpoint_path)
         return
     utils.seed_everything(args.seed, fold.number)
@@ -144,18 +152,19 @@ def rehearse(
 
 
 def work_on_fold(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, model: nn.Module,
-    device: torch.device,
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, records: dict[str, dict],
+    model: nn.Module, device: torch.device,
 ) -> None:  # fmt: skip
     """Explain a fold by the methods that have not yet done so, and write its files."""
     with contextlib.ExitStack() as locks:
         for method in sorted(args.method) if ranks.is_first() else []:
-            lock_name = heatmap_run.kind_of(args, method).lock_name(fold.number)
-            locks.enter_context(one_writer(args.outpath, lock_name))
+            kind = heatmap_run.kind_of(args, method)
+            lock = runs.at_work(args.outpath, kind, [fold.number], records[method])
+            locks.enter_context(lock)
         methods = ranks.from_first(lambda: heatmap_run.unfinished_methods(args, fold))
         if not methods:
             return
-        set_weights(args, model, fold)
+        set_weights(args, model, fold, records)
         results, mean_scan = explain_fold(args, cohort, fold, methods, model, device)
         if ranks.is_first():
             scan_path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
@@ -237,11 +246,12 @@ def main(args: argparse.Namespace) -> None:
     with utils.log_above_bars():
         for fold in utils.progress(plan, "folds"):
             if args.only_fold in (None, fold.number):
-                work_on_fold(args, cohort, fold, model, device)
+                work_on_fold(args, cohort, fold, records, model, device)
     if ranks.is_first():
         print(*heatmap_run.assemble(args, cohort, plan, records), sep="\n")
 
 
 if __name__ == "__main__":
-    advice = "Finished folds are kept, with --save-subjects also scans: the same command goes on."
-    sys.exit(utils.run_script(main, parse_args(), advice))
+    arguments = parse_args()
+    kept = "Finished folds are kept, with --save-subjects also scans"
+    sys.exit(utils.run_script(main, arguments, f"{kept}: {runs.how_to_go_on(arguments)}."))

@@ -8,11 +8,14 @@ import pandas as pd
 
 import files
 import map_files
+import maps
 import pictures
 import report
+import run_record
 import runs
 import utils
 from dataset import Cohort
+from errors import RunError
 from locks import one_writer
 from trained_run import Fold
 from utils import log
@@ -38,16 +41,23 @@ def kind_of(args: argparse.Namespace, method: str) -> runs.RunKind:
     """Return how a method keeps its runs."""
     stem = stem_of(args, method)
     options = RESULT_OPTIONS + METHOD_OPTIONS[method] + (("seed",) if args.randomize else ())
-    stale = (f"{stem}_predictions*.csv", f"{stem}_map_*", f"{stem}_subjects/*.nii.gz")
-    return runs.RunKind(f"{stem}_run.json", options, stale)
+    results = (
+        rf"{stem}_predictions(_f\d+)?\.csv",
+        rf"{stem}_map_all\.(nii\.gz|json|png|html)",
+        rf"{stem}_map_(({'|'.join(maps.OUTCOMES)})(_f\d+)?|f\d+)\.nii\.gz",
+        rf"{stem}_subjects/\d+_[\w-]*_f\d+\.nii\.gz",
+    )
+    return runs.RunKind(f"{stem}_run.json", options, results)
 
 
 def start_methods(args: argparse.Namespace, cohort: Cohort, plan: list[Fold]) -> dict[str, dict]:
     """Take up each method's run in --outpath, or begin one; return their records."""
-    record = runs.new_record(args, cohort, "heatmap.py", args.model)
+    record = run_record.new_record(args, cohort, "heatmap.py", args.model)
     record["modelpath_sha256"] = {
         fold.checkpoint_path.name: files.sha256(fold.checkpoint_path) for fold in plan
     }
+    if args.subjects == "test":
+        record["modelpath_sha256"]["splits.csv"] = files.sha256(args.modelpath / "splits.csv")
     kinds = {method: kind_of(args, method) for method in args.method}
     for kind in kinds.values():  # says what is wrong before anything is written
         runs.open_run(args, cohort, record, kind)
@@ -65,6 +75,17 @@ def unfinished_methods(args: argparse.Namespace, fold: Fold) -> list[str]:
         else:
             todo.append(method)
     return todo
+
+
+def check_weights(fold: Fold, records: dict[str, dict]) -> None:
+    """Raise a RunError if a fold's weights have changed since the runs began."""
+    path = fold.checkpoint_path
+    found = files.sha256(path) if path.is_file() else None
+    if any(found != record["modelpath_sha256"][path.name] for record in records.values()):
+        raise RunError(
+            f"{path} has changed since these maps were begun: when training is done, start anew "
+            "with --overwrite"
+        )
 
 
 # All folds
@@ -105,7 +126,11 @@ def write_sidecar(args: argparse.Namespace, method: str, table: pd.DataFrame, re
         "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
         "background": "mean_scan.nii.gz",
         "median_completeness_error": error,
-        "checkpoints_sha256": record["modelpath_sha256"],
+        "checkpoints_sha256": {
+            name: sha256
+            for name, sha256 in record["modelpath_sha256"].items()
+            if name != "splits.csv"
+        },
         "versions": utils.versions(),
     }
     path = args.outpath / f"{stem_of(args, method)}_map_all.json"

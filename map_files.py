@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
 import files
+import scan_files
 from dataset import Cohort
+from errors import InputError
 from maps import OUTCOMES, FoldResult, RunningMean
 
 MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
@@ -54,7 +55,7 @@ class ScanMaps:
         paths = [self.outpath / self.name_of(row) for row in rows]
         if not all(path.is_file() for path in paths):
             return None
-        return np.stack([read_map(path) for path in paths])
+        return np.stack([read_map(path, self.cohort.volume_shape) for path in paths])
 
     def write(self, rows: list[int], found: np.ndarray) -> None:
         """Write the scans' maps, (N, D, H, W)."""
@@ -85,9 +86,24 @@ def write_fold(
     files.write_csv(outpath / f"{stem}_predictions_f{fold}.csv", table)
 
 
-def read_map(path: Path) -> np.ndarray:
-    """Return a map's values, float32 of shape (D, H, W), in C order as before they were written."""
-    return np.ascontiguousarray(nib.load(path).get_fdata(dtype=np.float32, caching="unchanged"))
+def read_map(path: Path, volume_shape: tuple[int, int, int]) -> np.ndarray:
+    """Return a map's values, float32 of this shape, in C order as before they were written.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, or of another shape; then its values are not read.
+    """
+    map_img, problem = scan_files.open_scan(str(path))
+    if map_img is not None and map_img.shape != volume_shape:
+        problem = f"has shape {map_img.shape}, the scans have {volume_shape}"
+    try:
+        if not problem:
+            map_data = map_img.get_fdata(dtype=np.float32, caching="unchanged")
+            return np.ascontiguousarray(map_data)
+    except scan_files.READ_ERRORS as error:
+        problem = scan_files.damage(error)
+    raise InputError(f"{path} {problem}; start anew with --overwrite")
 
 
 # All folds
@@ -149,7 +165,7 @@ def write_mean(path: Path, cohort: Cohort, parts: Iterable[tuple[Path, int]]) ->
     """Write the weighted mean of maps, each given as (path, weight)."""
     mean = RunningMean()
     for part_path, n in parts:
-        mean.add(read_map(part_path), n)
+        mean.add(read_map(part_path, cohort.volume_shape), n)
     files.write_map(path, mean.mean(), cohort.like_img)
 
 

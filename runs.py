@@ -1,22 +1,21 @@
 """The folder of a run: its record, whether the command typed now continues it, its checkpoints."""
 
 import argparse
-import hashlib
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 
 import files
 import folds
-import scan_files
+import run_record
 import utils
 from dataset import Cohort
 from errors import InputError
-from locks import one_writer
-
-MAX_NAMED = 3
+from locks import LOCK_FOLDER, one_writer
 
 
 @dataclass(frozen=True)
@@ -29,58 +28,37 @@ class RunKind:
         File name of the record, such as run.json.
     options : tuple of str
         Arguments that change results; the others may differ when a run is continued.
-    fold_files : tuple of str
-        Patterns of the files that a run anew removes: those that say how far a fold has come.
+    results : tuple of str
+        Regular expressions of the files that a run writes and a run anew removes, as paths below
+        --outpath; first those that say that a fold is finished.
     """
 
     record_name: str
     options: tuple[str, ...]
-    fold_files: tuple[str, ...]
+    results: tuple[str, ...]
 
-    def lock_name(self, fold: int) -> str:
-        """Return the name of the lock that is held while a fold is worked on."""
+    @property
+    def start_lock(self) -> str:
+        """The name of the lock that is held while a run begins, or a record changes."""
+        return f"{Path(self.record_name).stem}_start"
+
+    def lock_name(self, fold: int | str) -> str:
+        """Return the name of the lock that is held while a fold is worked on; "*": all such."""
         return f"{Path(self.record_name).stem}_fold_{fold}"
 
-
-# Records
-
-
-def new_record(args: argparse.Namespace, cohort: Cohort, script: str, model: str) -> dict:
-    """Return what run.json says of a run that starts now."""
-    return {
-        "script": script,
-        "model": model,
-        "n_folds": args.fold,
-        "arguments": {name: files.plain(value) for name, value in vars(args).items()},
-        "csv_sha256": files.sha256(args.path),
-        "scans_sha256": stamp_of(cohort),
-        "n_scans": len(cohort.table),
-        "volume_shape": cohort.volume_shape,
-        "affine": cohort.like_img.affine.tolist(),
-        "seed": args.seed,
-        "versions": utils.versions(),
-        "start": utils.now(),
-        "end": None,
-    }
+    def results_in(self, outpath: Path) -> list[Path]:
+        """Return the results that stand in a folder, in the order in which they are removed."""
+        paths = sorted(path for depth in ("*", "*/*") for path in outpath.glob(depth))
+        names = {path: path.relative_to(outpath).as_posix() for path in paths if path.is_file()}
+        return [p for result in self.results for p in names if re.fullmatch(result, names[p])]
 
 
-def stamp_of(cohort: Cohort) -> str:
-    """Return a hash of all scans' sizes and modification times."""
-    stamps = (scan_files.stamp(file) for file in cohort.table["file"])
-    text = "".join(f"{n_bytes} {time_ns}\n" for n_bytes, time_ns in stamps)
-    return hashlib.sha256(text.encode()).hexdigest()
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """Return what a message says of a run that was stopped; --overwrite would start it anew."""
+    return f"the same command{' without --overwrite' * args.overwrite} goes on"
 
 
-def changed_since(cohort: Cohort, start: str) -> str:
-    """Name scans that were modified after a time in ISO 8601."""
-    try:
-        start_s = datetime.fromisoformat(start).timestamp() + 1  # it is rounded down
-    except (TypeError, ValueError):
-        return "sizes or times differ"
-    paths = zip(cohort.table["path"], cohort.table["file"], strict=True)
-    changed = [path for path, file in paths if Path(file).stat().st_mtime > start_s]
-    more = f" and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
-    return f"{', '.join(changed[:MAX_NAMED])}{more}" if changed else "sizes or times differ"
+# Begin, or go on
 
 
 def check_same_run(before: dict, record: dict, kind: RunKind, cohort: Cohort) -> None:
@@ -98,26 +76,27 @@ def check_same_run(before: dict, record: dict, kind: RunKind, cohort: Cohort) ->
     InputError
         Naming each difference with both values.
     """
-    then, now = before.get("arguments"), record["arguments"]
-    if not isinstance(then, dict):
+    outpath = record["arguments"]["outpath"]
+    if not isinstance(before.get("arguments"), dict):
         raise InputError(
-            f"{Path(now['outpath']) / kind.record_name} does not say what the run's arguments were"
+            f"{Path(outpath) / kind.record_name} does not say what the run's arguments were"
         )
-    differing = [
-        f"--{name.replace('_', '-')} {now[name]} (the run has {then.get(name)})"
-        for name in kind.options
-        if then.get(name) != now[name]
-    ]
-    if before.get("csv_sha256") != record["csv_sha256"]:
-        differing.append(f"--path {now['path']} (its content has changed)")
-    elif before.get("scans_sha256") != record["scans_sha256"]:
-        differing.append(f"the scans have changed ({changed_since(cohort, before.get('start'))})")
-    if before.get("modelpath_sha256") != record.get("modelpath_sha256"):
-        differing.append(f"--modelpath {now['modelpath']} (its files have changed)")
+    differing = run_record.differences(before, record, kind.options, cohort)
     if differing:
         raise InputError(
-            f"{now['outpath']} holds a run with other options: {'; '.join(differing)}. Choose "
-            "another --outpath, or start anew with --overwrite"
+            f"{outpath} holds a run with other options: {'; '.join(differing)}. Choose another "
+            "--outpath, or start anew with --overwrite"
+        )
+
+
+def refuse_to_replace(paths: list[Path], args: argparse.Namespace, kind: RunKind) -> None:
+    """Raise an InputError if there are files that no run's record tells of."""
+    if paths and not args.overwrite:
+        names = run_record.some_of([str(path.relative_to(args.outpath)) for path in paths])
+        raise InputError(
+            f"{args.outpath} holds files that would be replaced, and no {kind.record_name} of the "
+            f"run that made them: {names}. Choose another --outpath, or replace them with "
+            "--overwrite"
         )
 
 
@@ -129,7 +108,8 @@ def open_run(
     Raises
     ------
     InputError
-        If the run that is there has other options and --overwrite is not given.
+        If the run that is there has other options, or there are results without a record, and
+        --overwrite is not given.
     """
     if args.overwrite and args.only_fold is not None:
         raise InputError("--overwrite starts a whole run anew: it does not go with --only-fold")
@@ -140,6 +120,8 @@ def open_run(
         raise InputError(
             f"{args.outpath} holds a run of {before.get('script')}: choose another --outpath"
         )
+    if before is None:
+        refuse_to_replace(kind.results_in(args.outpath), args, kind)
     if args.overwrite or before is None:
         return record, True
     check_same_run(before, record, kind, cohort)
@@ -158,7 +140,7 @@ def start_run(
         With outpath, overwrite and only_fold.
     cohort : Cohort
     record : dict
-        Of `new_record`.
+        Of `run_record.new_record`.
     kind : RunKind
     splits : DataFrame, optional
         The folds, for runs that write them; a run that goes on keeps its own.
@@ -166,23 +148,79 @@ def start_run(
     Raises
     ------
     InputError
-        If the run that is there has other options, or another process is at work on it.
+        If the run that is there has other options or is damaged, another process is at work on it,
+        or there are files of no run and --overwrite is not given.
     """
-    open_run(args, cohort, record, kind)  # says what is wrong before anything is written
+    splits_path = args.outpath / "splits.csv"
+    _, is_new = open_run(args, cohort, record, kind)  # what is wrong is said before writing
+    if is_new and splits is not None and splits_path.is_file():
+        is_ours = splits_path.read_bytes() == files.csv_bytes(splits)  # of a run killed just then
+        refuse_to_replace([] if is_ours else [splits_path], args, kind)
     utils.make_outpath(args.outpath)
     files.remove_leftovers(args.outpath)
-    with one_writer(args.outpath, f"{Path(kind.record_name).stem}_start", wait=True):
+    with one_writer(args.outpath, kind.start_lock, wait=True):
+        n_folds = record["n_folds"]
         record, is_new = open_run(args, cohort, record, kind)
-        splits_path = args.outpath / "splits.csv"
         if not is_new:
-            return record, None if splits is None else folds.read_splits(splits_path, cohort)
-        stale = [path for pattern in kind.fold_files for path in args.outpath.glob(pattern)]
-        for fold in range(record["n_folds"] if stale else 0):
-            with one_writer(args.outpath, kind.lock_name(fold)):
-                pass  # nobody works on it
-        for path in stale:
-            path.unlink()
+            return record, None if splits is None else read_own_splits(splits_path, cohort, n_folds)
+        remove_run(args.outpath, kind)
         if splits is not None:
             files.write_csv(splits_path, splits)
         files.write_json(args.outpath / kind.record_name, record)
     return record, splits
+
+
+def read_own_splits(splits_path: Path, cohort: Cohort, n_folds: int) -> pd.DataFrame:
+    """Read the folds of a run that goes on, which must be as many as it has."""
+    splits = folds.read_splits(splits_path, cohort)
+    if folds.count(splits) != n_folds:
+        raise InputError(f"{splits_path} has {folds.count(splits)} folds, the run has {n_folds}")
+    return splits
+
+
+def remove_run(outpath: Path, kind: RunKind) -> None:
+    """Remove a run: its record, which vouches for the rest, then results, finished folds first."""
+    for lock_path in (outpath / LOCK_FOLDER).glob(f"{kind.lock_name('*')}.lock"):
+        with one_writer(outpath, lock_path.stem):
+            pass  # nobody works on it
+    (outpath / kind.record_name).unlink(missing_ok=True)
+    for path in kind.results_in(outpath):
+        path.unlink()
+
+
+# Work on a run
+
+
+def check_current(outpath: Path, kind: RunKind, record: dict) -> None:
+    """Raise an InputError if the run in a folder is another than when this process began."""
+    path = outpath / kind.record_name
+    now = files.read_json(path) if path.is_file() else {}
+    if any(now.get(key) != record.get(key) for key in ("run_id", "start")):
+        raise InputError(
+            f"another process has started the run in {outpath} anew since this one began; choose "
+            "another --outpath"
+        )
+
+
+@contextlib.contextmanager
+def at_work(outpath: Path, kind: RunKind, numbers: list[int], record: dict) -> Iterator[None]:
+    """Hold the locks of folds of the run that this process has begun or taken up.
+
+    Raises
+    ------
+    InputError
+        If another process works on one of them, or has started the run anew meanwhile.
+    """
+    with contextlib.ExitStack() as locks:
+        with one_writer(outpath, kind.start_lock, wait=True):  # nobody starts anew just now
+            for fold in numbers:
+                locks.enter_context(one_writer(outpath, kind.lock_name(fold)))
+            check_current(outpath, kind, record)
+        yield
+
+
+def end_run(outpath: Path, kind: RunKind, record: dict) -> None:
+    """Enter in a run's record when it ended."""
+    with one_writer(outpath, kind.start_lock, wait=True):
+        check_current(outpath, kind, record)
+        files.write_json(outpath / kind.record_name, record | {"end": utils.now()})

@@ -240,6 +240,7 @@ def main(args: argparse.Namespace) -> None:
     """Simulate a cohort."""
     utils.start_log()
     outpath = utils.make_outpath(args.outpath)
+    files.remove_leftovers(outpath)
     template = load_template(args.voxel)
     shape, affine = cohort_grid(args.voxel)
     coordinates = template_coordinates(template, shape, affine)

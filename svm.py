@@ -36,6 +36,7 @@ import metrics
 import pictures
 import ranks
 import report
+import run_record
 import runs
 import utils
 import volume_cache
@@ -53,7 +54,12 @@ MAPS = ("weights", "pattern")
 RUN = runs.RunKind(
     record_name="run.json",
     options=("C", "fold", "val_fraction", "seed"),
-    fold_files=("predictions*.csv", "SVM_*"),
+    results=(
+        r"predictions(_f\d+)?\.csv",
+        r"SVM_(weights|pattern)_(f\d+\.nii\.gz|all\.(nii\.gz|json|png|html))",
+        r"metrics\.csv",
+        r"roc\.png",
+    ),
 )
 
 
@@ -74,10 +80,10 @@ def start_run(
 ) -> tuple[dict, pd.DataFrame, list[int]]:
     """Take up the run in --outpath, or begin one; return record, splits and folds to fit."""
     splits = choose_splits(args, cohort)
-    n_folds = len(splits.filter(regex=folds.FOLD_COLUMN).columns)
+    n_folds = folds.count(splits)
     if args.only_fold is not None and args.only_fold >= n_folds:
         raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {n_folds - 1}")
-    record = runs.new_record(args, cohort, "svm.py", "linear SVM") | {"n_folds": n_folds}
+    record = run_record.new_record(args, cohort, "svm.py", "linear SVM") | {"n_folds": n_folds}
     if args.modelpath is not None:
         splits_path = args.modelpath / "splits.csv"
         record["modelpath_sha256"] = {splits_path.name: files.sha256(splits_path)}
@@ -170,6 +176,8 @@ def assemble(
     files.write_csv(args.outpath / "metrics.csv", table)
     pictures.plot_roc(args.outpath / "roc.png", predictions, table)
     background_path = args.outpath / "mean_scan.nii.gz"
+    background_data = map_files.read_map(background_path, cohort.volume_shape)
+    background_img = nib.Nifti1Image(background_data, cohort.like_img.affine)
     written = []
     for name in MAPS:
         stem = args.outpath / f"SVM_{name}_all"
@@ -184,7 +192,7 @@ def assemble(
             "versions": utils.versions(),
         }
         files.write_json(stem.with_suffix(".json"), sidecar)
-        images = nib.load(all_path), nib.load(background_path)
+        images = nib.load(all_path), background_img
         title = f"SVM {name}, mean over folds"
         pictures.plot_mosaic(stem.with_suffix(".png"), *images, title)
         report.write_viewer(stem.with_suffix(".html"), *images, title)
@@ -192,16 +200,15 @@ def assemble(
     return table, written
 
 
-def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict) -> None:
+def finish(args: argparse.Namespace, cohort: dataset.Cohort, record: dict, n_folds: int) -> None:
     """Put the folds together, if all are finished; print metrics and what was written."""
-    n_folds = record["n_folds"]
     missing = [fold for fold in range(n_folds) if not fold_state.is_finished(args.outpath, fold)]
     if missing:
         log.info("folds still to be fitted: %s", missing)
         return
     with one_writer(args.outpath, "assemble_run", wait=True):
         table, written = assemble(args, cohort, n_folds)
-        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+        runs.end_run(args.outpath, RUN, record)
     volume_cache.remove_all(args.outpath)
     print(table.to_string(index=False, float_format="%.3f"))
     print(*written, sep="\n")
@@ -247,8 +254,8 @@ def main(args: argparse.Namespace) -> None:
     if todo:
         with contextlib.ExitStack() as stack:
             stack.enter_context(utils.log_above_bars())
-            for fold in todo if ranks.is_first() else []:
-                stack.enter_context(one_writer(args.outpath, RUN.lock_name(fold)))
+            if ranks.is_first():
+                stack.enter_context(runs.at_work(args.outpath, RUN, todo, record))
             volumes = stack.enter_context(volume_cache.opened(cohort, cache_folder, args.workers))
             fit_folds(args, cohort, splits, todo, volumes)
         log.info("%.1f seconds a fold", (time.perf_counter() - start) / len(todo))
@@ -257,9 +264,10 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_dir is not None:  # below --outpath it stays until all folds are done
         volume_cache.remove(cache_folder)
     if ranks.is_first():
-        finish(args, cohort, record)
+        finish(args, cohort, record, folds.count(splits))
 
 
 if __name__ == "__main__":
-    advice = "Finished folds and decoded scans are kept: the same command goes on."
-    sys.exit(utils.run_script(main, parse_args(), advice))
+    arguments = parse_args()
+    advice = f"Finished folds and decoded scans are kept: {runs.how_to_go_on(arguments)}."
+    sys.exit(utils.run_script(main, arguments, advice))

@@ -31,6 +31,7 @@ import metrics
 import models
 import ranks
 import rehearsal
+import runs
 import teams
 import training_run
 import utils
@@ -103,7 +104,11 @@ def validate(
     logits, labels, _ = predict(model, loader, device, team)
     loss = float(nn.functional.cross_entropy(logits.double(), labels))
     if not np.isfinite(loss):
-        raise RunError(f"the validation loss is not finite in fold {fold}, epoch {epoch}")
+        worst = int((~torch.isfinite(logits)).any(1).int().argmax())  # rows are in order
+        raise RunError(
+            f"the validation loss is not finite in fold {fold}, epoch {epoch}: the network's "
+            f"output for {loader.dataset.files[worst]} is not"
+        )
     return loss, float((logits.argmax(1) == labels).double().mean())
 
 
@@ -279,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
             training_run.open_cache(args, cohort, cache_folder) as cached,
         ):
             for fold in utils.progress(mine, "folds"):
-                with training_run.only_worker(args, fold, team) as is_unfinished:
+                with training_run.only_worker(args, record, fold, team) as is_unfinished:
                     if is_unfinished:
                         parts = splits[f"fold_{fold}"]
                         train_fold(args, cohort, parts, fold, device, cached, team)
@@ -292,5 +297,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    advice = "Every whole epoch is kept: the same command goes on after the last one."
-    sys.exit(utils.run_script(main, parse_args(), advice))
+    arguments = parse_args()
+    advice = f"Every whole epoch is kept: {runs.how_to_go_on(arguments)} after the last one."
+    sys.exit(utils.run_script(main, arguments, advice))

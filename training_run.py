@@ -14,8 +14,8 @@ import fold_state
 import folds
 import metrics
 import pictures
+import run_record
 import runs
-import utils
 import volume_cache
 from dataset import Cohort
 from errors import InputError, RunError, is_out_of_memory
@@ -30,7 +30,11 @@ RUN = runs.RunKind(
         "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
         "precision",
     ),
-    fold_files=("state_dict_f*.pth", "checkpoint_f*.pt", "predictions*.csv"),
+    results=(
+        r"predictions(_f\d+)?\.csv", r"checkpoint_f\d+\.pt", r"state_dict_f\d+\.pth",
+        r"history_f\d+\.csv", r"(train|valid)_loss_f\d+\.npy", r"metrics\.csv",
+        r"(loss_curves|roc)\.png",
+    ),
 )  # fmt: skip
 
 
@@ -70,7 +74,7 @@ def start_run(
     if args.only_fold is not None and args.only_fold >= args.fold:
         raise InputError(f"--only-fold {args.only_fold}: the folds are 0 to {args.fold - 1}")
     splits = folds.draw_folds(cohort, args.fold, args.val_fraction, args.seed)
-    record = runs.new_record(args, cohort, "train_cv.py", args.model)
+    record = run_record.new_record(args, cohort, "train_cv.py", args.model)
     record["device"] = devices.describe_device(device)
     _, is_new = runs.open_run(args, cohort, record, RUN)
     if not args.no_cache and (is_new or unfinished_folds(args)):
@@ -84,15 +88,17 @@ def start_run(
 
 
 @contextlib.contextmanager
-def only_worker(args: argparse.Namespace, fold: int, team: Team) -> Iterator[bool]:
+def only_worker(args: argparse.Namespace, record: dict, fold: int, team: Team) -> Iterator[bool]:
     """Hold a fold's lock; yield whether the fold is still to be trained.
 
     Raises
     ------
+    InputError
+        If another process works on it, or has started the run anew.
     RunError
         If memory does not suffice.
     """
-    lock = one_writer(args.outpath, RUN.lock_name(fold))
+    lock = runs.at_work(args.outpath, RUN, [fold], record)
     with lock if team.leads else contextlib.nullcontext():
         try:
             yield team.gathered(not fold_state.is_finished(args.outpath, fold))[0]
@@ -131,11 +137,13 @@ def assemble(args: argparse.Namespace, cohort: Cohort) -> pd.DataFrame:
 def finish(args: argparse.Namespace, cohort: Cohort, record: dict) -> None:
     """Put the folds together, if all are finished, and print the metrics."""
     missing = [fold for fold in range(args.fold) if not fold_state.is_finished(args.outpath, fold)]
+    for fold in set(range(args.fold)) - set(missing):  # left by a process killed just then
+        fold_state.checkpoint_path_of(args.outpath, fold).unlink(missing_ok=True)
     if missing:
         log.info("folds still to be trained: %s", missing)
         return
     with one_writer(args.outpath, "assemble_run", wait=True):
         table = assemble(args, cohort)
-        files.write_json(args.outpath / RUN.record_name, record | {"end": utils.now()})
+        runs.end_run(args.outpath, RUN, record)
     volume_cache.remove_all(args.outpath)
     print(table.to_string(index=False, float_format="%.3f"))

@@ -1,6 +1,7 @@
 """compare.py: grids, masks, references, folds, the table, and the page in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 
 import compare
+import files
 import utils
 
 SHAPE = (13, 16, 11)
@@ -65,6 +67,13 @@ def test_a_map_against_itself(inputs, tmp_path):
     assert row["dice_matched"] == row["average_precision"] == row["roc_auc"] == row["mass"] == 1
     assert row["n_reference"] == 27 and row["n_mask"] == np.prod(SHAPE)
     assert row["p"] == pytest.approx(27 / np.prod(SHAPE))
+
+
+def test_what_a_killed_run_left_is_removed(inputs, tmp_path):
+    leftover = tmp_path / f"{files.TEMPORARY_PREFIX}{os.uname().nodename}@999999999@x.csv"
+    leftover.write_text("half")
+    run("--maps", inputs["map"], "--reference", inputs["reference"], outpath=tmp_path)
+    assert not leftover.exists()
 
 
 def test_a_map_against_its_mirror_image(inputs, tmp_path):

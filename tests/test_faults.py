@@ -71,16 +71,25 @@ def heatmap_arguments(cohort_csv: Path, run_path: Path, outpath: Path, *more: st
 # Signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_stop_a_run_that_can_be_continued(cohort_csv, tmp_path, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "more", "advice"),
+    [
+        (signal.SIGTERM, 143, [], "the same command goes on"),
+        (signal.SIGINT, 130, ["--overwrite"], "the same command without --overwrite goes on"),
+    ],
+)
+def test_signals_stop_a_run_that_can_be_continued(
+    cohort_csv, tmp_path, number, status, more, advice
+):
     """The message says how; the checkpoint of the last whole epoch is there; no traceback."""
-    arguments = train_arguments(cohort_csv, tmp_path, "--epochs", "500", "--patience", "500")
+    more = ["--epochs", "500", "--patience", "500", *more]
+    arguments = train_arguments(cohort_csv, tmp_path, *more)
     with start("train_cv.py", *arguments) as process:
         wait_for((tmp_path / "checkpoint_f0.pt").is_file, process)
         process.send_signal(number)
         _, message = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"stopped by {number.name}" in message and "the same command goes on" in message
+    assert f"stopped by {number.name}" in message and advice in message
     assert "Traceback" not in message
     state = checkpoints.load(tmp_path / "checkpoint_f0.pt")["state"]
     assert [epoch["epoch"] for epoch in state["history"]] == list(
@@ -108,6 +117,49 @@ def test_a_run_killed_at_random_moments_ends_the_same(cohort_csv, run_path, tmp_
     assert n_killed >= N_KILLS // 2
     assert contents(tmp_path) == contents(run_path)
     assert not list(tmp_path.rglob(f"{files.TEMPORARY_PREFIX}*"))
+
+
+def everything(outpath: Path) -> dict[str, bytes]:
+    """Return the bytes of all files below a folder, but for times and locks."""
+    return {
+        str(path.relative_to(outpath)): path.read_bytes()
+        for path in outpath.rglob("*")
+        if path.is_file() and not path.name.endswith(("run.json", ".log", ".lock", ".owner"))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "begun", "number"),
+    [
+        ("heatmap.py", "IG_subjects/*_f0.nii.gz", signal.SIGKILL),
+        ("heatmap.py", "IG_subjects/*_f1.nii.gz", signal.SIGTERM),
+        ("svm.py", "predictions_f0.csv", signal.SIGTERM),
+    ],
+)
+def test_maps_that_are_stopped_end_the_same(cohort_csv, run_path, tmp_path, script, begun, number):
+    """At the first scan of a fold and, for the SVM, after its first fold."""
+
+    def arguments(name: str) -> list[str]:
+        if script == "svm.py":
+            return ["--path", str(cohort_csv), "--modelpath", str(run_path), "--workers", "0",
+                    "--outpath", str(tmp_path / name)]  # fmt: skip
+        found = heatmap_arguments(cohort_csv, run_path, tmp_path / name, "--save-subjects")
+        found[found.index("LRP")] = "IG"  # whose scans take long enough
+        return [*found, "--steps", "60"]
+
+    with start(script, *arguments("stopped")) as process:
+        wait_for(lambda: any((tmp_path / "stopped").glob(begun)), process)
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert "Traceback" not in message
+    assert not list((tmp_path / "stopped").glob("*_all.html"))
+    for name in ("stopped", "whole"):
+        with start(script, *arguments(name)) as process:
+            _, message = process.communicate(timeout=120)
+        assert process.returncode == 0, message
+    assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -185,25 +237,35 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
 
 
-@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv")
-def test_a_folder_without_write_permission(cohort_csv, tmp_path):
-    tmp_path.chmod(0o755)
-    outpath = tmp_path / "closed"
-    outpath.mkdir(mode=0o555)
-    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import utils; from pathlib import Path\n"
-        "sys.exit(utils.run_script(lambda path: utils.make_outpath(Path(path)), sys.argv[2]))"
-    )
-    reachable = all(p.stat().st_mode & 1 for p in (outpath, *outpath.parents, *ROOT.parents, ROOT))
-    if user and not reachable:
-        pytest.skip("another user cannot come here")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(outpath)], capture_output=True, text=True,
-        **user,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert f"--outpath {outpath} cannot be used as a folder: Permission denied" in done.stderr
+@pytest.fixture
+def closed_folder(tmp_path):
+    """Return a folder that this user may not write in: for root one on a read-only disk."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    if os.getuid():
+        yield folder
+        return
+    mounting = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("root may write everywhere, and mounting a read-only disk is not allowed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "new/folder"])
+@pytest.mark.parametrize("script", ["train_cv.py", "heatmap.py"])
+def test_a_folder_without_write_permission(cohort_csv, run_path, closed_folder, script, below):
+    outpath = closed_folder / below
+    arguments = {
+        "train_cv.py": train_arguments(cohort_csv, outpath),
+        "heatmap.py": heatmap_arguments(cohort_csv, run_path, outpath),
+    }[script]
+    with start(script, *arguments) as process:
+        output, message = process.communicate(timeout=120)
+    assert process.returncode == 2, message
+    assert f"error: --outpath {outpath} cannot be used as a folder: " in message
+    assert "Traceback" not in message and output == ""
+    assert not list(closed_folder.iterdir())
 
 
 # Scans and their readers

@@ -194,18 +194,26 @@ def test_every_differing_option_is_named_with_both_values(cohort_csv, run_path):
 
 
 def test_temporary_files_of_killed_processes_are_removed(cohort_csv, tmp_path):
-    """Those of a process that runs, here or on another host, are left alone."""
+    """Those of a process that runs, here or on another host, are left alone.
+
+    Another host's name may begin like this one's; a killed process's number may be used again, by
+    another process or by this one.
+    """
     args = train_cv.parse_args(train_arguments(cohort_csv, tmp_path))
-    here = files.TEMPORARY_PREFIX + os.uname().nodename
-    dead = tmp_path / f"{here}-999999999-x.csv"
-    alive = tmp_path / f"{here}-{os.getpid()}-x.csv"
-    elsewhere = tmp_path / f"{files.TEMPORARY_PREFIX}other-host-1-x.csv"
-    old = tmp_path / f"{files.TEMPORARY_PREFIX}other-host-2-x.csv"
-    for path in (dead, alive, elsewhere, old):
-        path.write_text("half")
-    os.utime(old, (1e9, 1e9))
+    here, dead = os.uname().nodename, 999_999_999
+    running = [f"{here}@{os.getppid()}@x.csv", "other@1@x.csv", f"{here}-{dead}@{dead}@x.csv"]
+    killed = [f"{here}@{dead}@x.csv", f"{here}@{os.getpid()}@x.csv"]
+    reused = [f"{here}@{os.getppid()}@old.csv", "other@1@old.csv"]
+    for name in (*running, *killed, *reused):
+        (tmp_path / f"{files.TEMPORARY_PREFIX}{name}").write_text("half")
+    for name in reused:
+        os.utime(tmp_path / f"{files.TEMPORARY_PREFIX}{name}", (1e9, 1e9))
     train_cv.main(args)
-    assert [path.exists() for path in (dead, alive, elsewhere, old)] == [False, True, True, False]
+    left = {path.name for path in tmp_path.glob(f"{files.TEMPORARY_PREFIX}*")}
+    assert left == {f"{files.TEMPORARY_PREFIX}{name}" for name in running}
+    with files.whole_file(tmp_path / "y.csv") as temporary_path:
+        assert temporary_path.name == f"{files.TEMPORARY_PREFIX}{here}@{os.getpid()}@y.csv"
+        temporary_path.write_text("whole")
 
 
 # Job arrays

@@ -1,12 +1,14 @@
 """The simulated cohort: its grid, its truth, and that patients differ where the truth says."""
 
 import json
+import os
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
+import files
 import simulate
 import utils
 
@@ -83,6 +85,13 @@ def test_impossible_severity(severity, capsys, tmp_path):
         simulate.parse_args(["--outpath", str(tmp_path / "x"), "--severity", *severity])
     assert stop.value.code == 2
     assert "severity" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    leftover = tmp_path / f"{files.TEMPORARY_PREFIX}{os.uname().nodename}@999999999@x.nii.gz"
+    leftover.write_text("half")
+    simulate.main(simulate.parse_args(["--outpath", str(tmp_path), "--n", "2", "--voxel", "12"]))
+    assert not leftover.exists()
 
 
 def test_outpath_that_is_a_file(tmp_path, capsys):

@@ -208,6 +208,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
     assert not (tmp_path / "state_dict_f0.pth").exists()
 
 
+def test_a_validation_loss_that_is_not_finite_names_the_scan(
+    cohort_csv, tmp_path, capsys, monkeypatch
+):
+    predict = train_cv.predict
+
+    def spoil_one(*args):
+        logits, labels, rows = predict(*args)
+        logits[1:, 0] = np.nan
+        return logits, labels, rows
+
+    monkeypatch.setattr(train_cv, "predict", spoil_one)
+    args = train_cv.parse_args(train_arguments(cohort_csv, tmp_path))
+    assert utils.run_script(train_cv.main, args) == 1
+    splits = pd.read_csv(tmp_path / "splits.csv")
+    path = splits["path"][splits["fold_0"] == "val"].iloc[1]
+    expected = f"in fold 0, epoch 1: the network's output for {cohort_csv.parent / path} is not"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [(), ("--no-cache",)])
 def test_two_workers_change_nothing(run_path, cohort_csv, tmp_path, more):
     train(cohort_csv, tmp_path, "--workers", "2", *more)
