@@ -99,8 +99,7 @@ def read_map(path: Path, volume_shape: tuple[int, int, int]) -> np.ndarray:
         problem = f"has shape {map_img.shape}, the scans have {volume_shape}"
     try:
         if not problem:
-            map_data = map_img.get_fdata(dtype=np.float32, caching="unchanged")
-            return np.ascontiguousarray(map_data)
+            return np.ascontiguousarray(scan_files.read_voxels(str(path)))
     except scan_files.READ_ERRORS as error:
         problem = scan_files.damage(error)
     raise InputError(f"{path} {problem}; start anew with --overwrite")

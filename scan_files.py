@@ -216,6 +216,8 @@ def read_voxels(file: str) -> np.ndarray:
     with igzip.open(data_path) if is_gzip else ImageOpener(data_path) as stream:
         spec = proxy.shape, proxy.dtype, proxy.offset, slope, inter
         raw_data = np.asarray(ArrayProxy(stream, spec, order=proxy.order), dtype=np.float32)
+        while is_gzip and stream.read(CHUNK_BYTES):
+            pass  # the checksum is compared at the end
     return raw_data.reshape(volume_shape_of(img))
 
 

@@ -10,6 +10,7 @@ the SVM 13 more: what the machine's memory is too small for is left out, and sai
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import resource
@@ -37,9 +38,9 @@ TRAINING_SHARE = 0.8
 ROOM_BYTES = 3e9  # beside the Gram matrix, for blocks of voxels
 
 
-def write_cohort(folder: Path, n_scans: int) -> Path:
+def write_cohort(folder: Path, n_scans: int, shape: tuple[int, int, int]) -> Path:
     """Write one scan, link it n_scans times, and list the links; return the CSV."""
-    data = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    data = np.random.default_rng(0).random(shape, dtype=np.float32)
     nib.save(nib.Nifti1Image(data, np.eye(4)), folder / "scan.nii")
     for index in range(n_scans):
         os.link(folder / "scan.nii", folder / f"{index:05d}.nii")
@@ -48,9 +49,11 @@ def write_cohort(folder: Path, n_scans: int) -> Path:
     return folder / "data.csv"
 
 
-def measure(n_scans: int, folder: Path, queue: multiprocessing.Queue) -> None:
-    """Put (step, seconds, peak memory in GB) of each step."""
-    csv_path = write_cohort(folder, n_scans)
+def measure(
+    n_scans: int, shape: tuple[int, int, int], folder: Path, queue: multiprocessing.Queue
+) -> None:
+    """Put (step, seconds, peak memory in GB) of each step; NaN where memory is too small."""
+    csv_path = write_cohort(folder, n_scans, shape)
     start = time.perf_counter()
 
     def done(step: str) -> None:
@@ -70,15 +73,21 @@ def measure(n_scans: int, folder: Path, queue: multiprocessing.Queue) -> None:
         for row in range(n_scans):
             mean.add(volumes[row])
         done("mean over scans")
+        gram = None
         gram_bytes = 8 * n_scans**2
         if gram_bytes + ROOM_BYTES < free_bytes():
             gram, _ = linear_svm.gram_matrix(volumes)
             done("Gram matrix")
-            if TRAINING_SHARE**2 * gram_bytes + ROOM_BYTES < free_bytes():
-                labels, train = invent(gram)
-                start = time.perf_counter()
-                linear_svm.fit_fold(gram, labels, train, 1.0)
-                done("SVM of one fold")
+        else:
+            queue.put(("Gram matrix", math.nan, gram_bytes / 1e9))
+        needed_bytes = TRAINING_SHARE**2 * gram_bytes
+        if gram is not None and needed_bytes + ROOM_BYTES < free_bytes():
+            labels, train = invent(gram)
+            start = time.perf_counter()
+            linear_svm.fit_fold(gram, labels, train, 1.0)
+            done("SVM of one fold")
+        else:
+            queue.put(("SVM of one fold", math.nan, (gram_bytes + needed_bytes) / 1e9))
     queue.put(None)
 
 
@@ -104,14 +113,18 @@ def main(args: argparse.Namespace) -> None:
     """Print the table."""
     print("| scans | work | seconds | per 1,000 scans | peak memory, GB |\n" + "|---" * 5 + "|")
     context = multiprocessing.get_context("spawn")
-    for n_scans in FULL_SIZES if args.full else QUICK_SIZES:
+    for n_scans in args.sizes or (FULL_SIZES if args.full else QUICK_SIZES):
         with tempfile.TemporaryDirectory() as name:
             queue = context.Queue()
-            child = context.Process(target=measure, args=(n_scans, Path(name), queue))
+            child = context.Process(
+                target=measure, args=(n_scans, tuple(args.shape), Path(name), queue)
+            )
             child.start()
             for step, seconds, peak_gb in iter(queue.get, None):
                 each = f"{1000 * seconds / n_scans:.3g}"
                 cells = (f"{n_scans:,}", step, f"{seconds:.3g}", each, f"{peak_gb:.2f}")
+                if math.isnan(seconds):
+                    cells = (f"{n_scans:,}", step, "left out", "", f"would take {peak_gb:.2f}")
                 print("| " + " | ".join(cells) + " |", flush=True)
             child.join()
 
@@ -120,7 +133,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--full", action="store_true", help="up to 50,000 scans")
+    option = parser.add_argument
+    option("--full", action="store_true", help="up to 50,000 scans")
+    option("--sizes", type=int, nargs="+", help="numbers of scans")
+    option("--shape", type=int, nargs=3, default=SHAPE, help="voxels; default: 22 24 23")
     return parser.parse_args(argv)
 
 

@@ -392,6 +392,18 @@ def test_bytes_after_the_end_of_a_gzip_file_are_ignored(tmp_path):
     assert scan_files.load_volume(str(path))[0].shape == SHAPE
 
 
+def test_voxels_that_fail_their_checksum_are_refused(tmp_path):
+    """Stored without compression, a changed byte decodes all the same: only the checksum tells."""
+    save_scan(tmp_path / "x.nii", make_volume(0, 0))
+    content = bytearray(gzip.compress((tmp_path / "x.nii").read_bytes(), 0))
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    scan_files.load_volume(str(tmp_path / "x.nii.gz"))
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    with pytest.raises(RunError, match=r"x\.nii\.gz cannot be read"):
+        scan_files.load_volume(str(tmp_path / "x.nii.gz"))
+
+
 def test_a_cut_bzip2_file_is_damaged(tmp_path):
     content = save_scan(tmp_path / "x.nii", make_volume(0, 0)).read_bytes()
     path = tmp_path / "x.nii.bz2"
