@@ -44,7 +44,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n auto
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check .
