@@ -203,7 +203,8 @@ def main(args: argparse.Namespace) -> None:
     kept_gb = 4 * math.prod(COHORT_SIDES) / measuring.GIB
     share = np.polyfit(cohorts.sizes, cohorts.gb, 1)[0] / kept_gb
     print(f"memory grows by {share:.3f} of one volume a scan")
-    plot(tables, args.plot)
+    if args.plot is not None:
+        plot(tables, args.plot)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -211,7 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = measuring.make_parser(__doc__)
     parser.set_defaults(model="modelT8", pairs=3)  # the smallest volumes need a shallow network
     option = parser.add_argument
-    option("--plot", type=Path, default=Path("scaling.png"), help="default: scaling.png")
+    option("--plot", type=Path, help="file for the picture; left out: none")
     return measuring.parse(parser, argv)
 
 
