@@ -6,7 +6,6 @@ Under torchrun the ranges are shared among the processes, and so are the folds.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import blas
 from sklearn.svm import SVC
 
 import ranks
@@ -15,6 +14,7 @@ from volume_file import Volumes
 
 BLOCK_BYTES = 128 * 2**20  # of float32 voxels held at a time; float64 copies make it thrice that
 MIN_RANGE_VOXELS = 4096  # 16 kB a read: with shorter ones a disk does nothing but seek
+TILE_ROWS = 1024  # of the Gram matrix at a time: no second one is needed
 TOLERANCE = 1e-9  # of the optimiser; weights are then good to a millionth of their maximum
 
 
@@ -44,6 +44,11 @@ def voxel_ranges(volumes: Volumes) -> list[tuple[int, int]]:
     return [(start, min(start + n_at_once, volumes.n_voxels)) for start in starts]
 
 
+def row_tiles(n_scans: int) -> list[slice]:
+    """Return the rows of the Gram matrix that are added to at once."""
+    return [slice(i, min(i + TILE_ROWS, n_scans)) for i in range(0, n_scans, TILE_ROWS)]
+
+
 def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
     """Return the Gram matrix of all scans and their mean.
 
@@ -59,16 +64,19 @@ def gram_matrix(volumes: Volumes) -> tuple[np.ndarray, np.ndarray]:
         "the Gram matrix of %d scans takes %.3g GB of memory, less than twice that while a fold is "
         "fitted%s", n_scans, 8 * n_scans**2 / 1e9, of_each,
     )  # fmt: skip
-    gram = np.zeros((n_scans, n_scans), order="F")
+    gram = np.zeros((n_scans, n_scans))
     mean = np.zeros(volumes.n_voxels, dtype=np.float32)
     for start, stop in progress(voxel_ranges(volumes), "Gram matrix", unit="block"):
         block = volumes.read(start, stop).astype(np.float64)
         mean[start:stop] = block.mean(0)
         block -= block.mean(0)
-        gram = blas.dsyrk(1, block.T, beta=1, c=gram, trans=True, overwrite_c=True)
-    for row in range(n_scans):  # dsyrk fills what is right of the diagonal, in place
-        gram[row + 1 :, row] = gram[row, row + 1 :]
-    ranks.add_up(gram.T)
+        for rows in row_tiles(n_scans):  # up to the diagonal; the whole has more than 2³¹ entries
+            gram[rows, : rows.stop] += block[rows] @ block[: rows.stop].T
+    for rows in row_tiles(n_scans):
+        corner = gram[rows, rows]
+        corner[:] = np.tril(corner) + np.tril(corner, -1).T
+        gram[rows, rows.stop :] = gram[rows.stop :, rows].T
+    ranks.add_up(gram)
     ranks.add_up(mean)
     return gram, mean
 

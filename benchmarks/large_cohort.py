@@ -17,7 +17,9 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from queue import Empty
 
 import nibabel as nib
 import numpy as np
@@ -91,6 +93,20 @@ def measure(
     queue.put(None)
 
 
+def steps_of(child: multiprocessing.Process, queue: multiprocessing.Queue) -> Iterator[tuple]:
+    """Yield what a process measures; leave if it dies."""
+    while True:
+        try:
+            step = queue.get(timeout=1)
+        except Empty:
+            if not child.is_alive():
+                sys.exit(f"the measuring process has died ({child.exitcode})")
+            continue
+        if step is None:
+            return
+        yield step
+
+
 def free_bytes() -> int:
     """Return how much memory is free; Linux tells."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -120,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
                 target=measure, args=(n_scans, tuple(args.shape), Path(name), queue)
             )
             child.start()
-            for step, seconds, peak_gb in iter(queue.get, None):
+            for step, seconds, peak_gb in steps_of(child, queue):
                 each = f"{1000 * seconds / n_scans:.3g}"
                 cells = (f"{n_scans:,}", step, f"{seconds:.3g}", each, f"{peak_gb:.2f}")
                 if math.isnan(seconds):

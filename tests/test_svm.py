@@ -17,6 +17,7 @@ import linear_svm
 import scan_files
 import svm
 import utils
+from volume_file import Volumes
 
 
 def fit(csv_path: Path, outpath: Path, *more: str) -> None:
@@ -102,10 +103,26 @@ def test_blocks_change_nothing(svm_path, cohort_csv, run_path, tmp_path, monkeyp
     """With blocks of a few hundred voxels instead of all at once."""
     monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 4 * N_SCANS * 777)
     monkeypatch.setattr(linear_svm, "MIN_RANGE_VOXELS", 1)
+    monkeypatch.setattr(linear_svm, "TILE_ROWS", 3)
     fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
     for name in ("SVM_weights_f0.nii.gz", "SVM_pattern_all.nii.gz"):
         expected = load(svm_path / name)
         assert np.abs(load(tmp_path / name) - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_the_gram_matrix(tmp_path, monkeypatch):
+    """Tile by tile and range by range it is that of the centred scans, and symmetric to the bit."""
+    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 4 * 10 * 50)
+    monkeypatch.setattr(linear_svm, "MIN_RANGE_VOXELS", 1)
+    monkeypatch.setattr(linear_svm, "TILE_ROWS", 4)
+    scans = np.random.default_rng(0).random((10, 4 * 5 * 6), dtype=np.float32)
+    (tmp_path / "volumes.f32").write_bytes(scans.tobytes())
+    volumes = Volumes(tmp_path / "volumes.f32", 10, (4, 5, 6), np.zeros(10, dtype=int))
+    gram, mean = linear_svm.gram_matrix(volumes)
+    centred = scans - scans.mean(0, dtype=np.float64)
+    assert gram == pytest.approx(centred @ centred.T, abs=1e-12)
+    assert (gram == gram.T).all()
+    assert mean == pytest.approx(scans.mean(0), abs=1e-6)
 
 
 def test_every_scan_is_read_once(cohort_csv, run_path, tmp_path, monkeypatch):
