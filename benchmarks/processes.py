@@ -1,10 +1,11 @@
 """Time the scripts in one process and under torchrun in two, each with one thread.
 
     python3 benchmarks/processes.py          # minutes
-    python3 benchmarks/processes.py --full   # larger scans, more epochs; half an hour
+    python3 benchmarks/processes.py --full   # larger scans, more epochs and steps
 
-A simulated cohort, four folds of modelT8; wall time as a user sees it, start of Python included.
-Two processes that share nothing would take half the time of one.
+A simulated cohort, four folds of modelT8; wall time as a user sees it, with the start of Python and
+the pictures, which one process draws: at the small size these are most of it. Two processes that
+share nothing would take half the time of one.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from measuring import print_table
 ROOT = Path(__file__).parent.parent
 N_PROCESSES = 2
 QUICK = {"voxel": 4, "n_scans": 32, "epochs": 2, "steps": 10}
-FULL = {"voxel": 3, "n_scans": 80, "epochs": 5, "steps": 50}
+FULL = {"voxel": 3, "n_scans": 40, "epochs": 3, "steps": 50}
 
 
 def run(*command: object) -> float:
