@@ -23,7 +23,7 @@ def new_record(args: argparse.Namespace, cohort: Cohort, script: str, model: str
         "model": model,
         "n_folds": args.fold,
         "arguments": {name: files.plain(value) for name, value in vars(args).items()},
-        "csv_sha256": files.sha256(args.path),
+        "csv_sha256": hash_of(args.path),
         "scans_sha256": stamp_of(cohort),
         "n_scans": len(cohort.table),
         "volume_shape": cohort.volume_shape,
@@ -33,6 +33,20 @@ def new_record(args: argparse.Namespace, cohort: Cohort, script: str, model: str
         "start": utils.now(),
         "end": None,
     }
+
+
+def hash_of(csv_path: Path) -> str:
+    """Return the SHA-256 of the CSV, in hex.
+
+    Raises
+    ------
+    InputError
+        If it is there no more.
+    """
+    try:
+        return files.sha256(csv_path)
+    except OSError as error:
+        raise InputError(f"{csv_path} cannot be read any more: {error.strerror}") from None
 
 
 def stamp_of(cohort: Cohort) -> str:

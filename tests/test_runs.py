@@ -290,17 +290,18 @@ def test_another_modelpath(arguments, refusal, run_path, modelpath, tmp_path, sc
     assert f"--modelpath {modelpath} (the run has {run_path})" in refusal(script, args)
 
 
-def test_a_scan_deleted_after_the_check(refusal, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["scan03.nii.gz", "data.csv"])
+def test_a_file_deleted_after_the_check(refusal, tmp_path, monkeypatch, name):
     csv_path = write_cohort(tmp_path / "cohort")
     build_model = train_cv.models.build_model
 
     def delete(*args):
-        (csv_path.parent / "scan03.nii.gz").unlink()
+        (csv_path.parent / name).unlink()
         return build_model(*args)
 
     monkeypatch.setattr(train_cv.models, "build_model", delete)
     args = train_cv.parse_args(train_arguments(csv_path, tmp_path / "out", "--no-cache"))
-    assert f"{csv_path.parent / 'scan03.nii.gz'} cannot be read any more" in refusal(train_cv, args)
+    assert f"{csv_path.parent / name} cannot be read any more" in refusal(train_cv, args)
     assert not (tmp_path / "out").exists()
 
 
