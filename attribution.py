@@ -25,6 +25,7 @@ from utils import say_once
 
 BETA = 0.5
 N_STEPS = 100
+SMALL_VOXELS = 128**3  # library kernels for a CPU are slow on one such volume, not on two
 FEWEST_STEPS = 2  # that captum takes; the shortcut leaves one of them to itself
 
 Targets = int | Tensor
@@ -92,7 +93,7 @@ def integrated_gradients(
     n_steps : int
         At least 2.
     batch_size : int
-        Steps per pass.
+        Steps per pass; two for small volumes, where one at a time would be slower.
 
     Returns
     -------
@@ -139,6 +140,8 @@ def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: di
     first_gradient = block.gradient_at_zero(pooled, target) / n_steps
     # the other steps, 1/n to (n-1)/n, are a left Riemann sum on the path from 1/n on
     options = options | {"n_steps": n_steps - 1}
+    if volume.numel() <= SMALL_VOXELS:
+        options["internal_batch_size"] = max(2, options["internal_batch_size"])
     method = IntegratedGradients(block.rest, multiply_by_inputs=False)
     gradient = method.attribute(pooled, pooled / n_steps, target=target, **options)
     gradient *= (n_steps - 1) / n_steps

@@ -117,3 +117,27 @@ def batches(loader: DataLoader) -> Iterator:
         yield from loader
     except RunError as error:  # torch hands on a reading process's whole traceback
         raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
+
+
+def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Iterate over a loader's batches, their volumes and labels on a device, rows on the CPU.
+
+    A GPU's batches come on a stream of their own, the next one while it computes on this one; two
+    are there at a time.
+    """
+    if device.type != "cuda":
+        yield from batches(loader)
+        return
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    step_before = None
+    for volumes, labels, rows in batches(loader):
+        with torch.cuda.stream(copying):
+            copied = [tensor.to(device, non_blocking=True) for tensor in (volumes, labels)]
+        computing.wait_stream(copying)
+        for tensor in copied:
+            tensor.record_stream(computing)  # its memory is in use until that stream is past it
+        yield *copied, rows
+        step = computing.record_event()
+        if step_before is not None:
+            step_before.synchronize()
+        step_before = step

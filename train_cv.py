@@ -65,10 +65,8 @@ def train_epoch(
     in_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     model.train()
     losses = []
-    batches = loading.batches(loader)
+    batches = loading.on_device(loader, device)
     for volumes, labels, _ in utils.progress(batches, "training", total=len(loader), leave=False):
-        volumes = volumes.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
         with in_bf16:
             logits = model(volumes)
@@ -86,11 +84,11 @@ def predict(
     """Return logits (n, 2), labels (n,) and cohort rows (n,) of a loader's scans, on the CPU."""
     model.eval()
     outputs = []
-    batches = loading.batches(loader)
+    batches = loading.on_device(loader, device)
     for volumes, labels, rows in utils.progress(
         batches, "predicting", total=len(loader), leave=False
     ):
-        outputs.append((model(volumes.to(device, non_blocking=True)), labels, rows))
+        outputs.append((model(volumes), labels, rows))
     share = [torch.cat(column).cpu() for column in zip(*outputs, strict=True)]
     logits, labels, rows = map(torch.cat, zip(*team.gathered(share), strict=True))
     order = rows.argsort()

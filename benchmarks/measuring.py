@@ -8,7 +8,9 @@ adds to the idle process, measured in a fresh process each.
 import argparse
 import functools
 import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +27,8 @@ import devices
 import models
 
 Work = Callable[..., Tensor]
+
+ROOT = Path(__file__).parent.parent
 
 QUICK = {"model": "modelA24", "shape": [110, 112, 111], "pairs": 2}  # its smallest side is 110
 FULL = {"model": "modelA24", "shape": [193, 229, 193], "pairs": 1}  # the paper's
@@ -62,14 +66,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return args
 
 
-def make_case(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+def make_case(args: argparse.Namespace, seed: int = SEED) -> tuple[nn.Module, Tensor]:
     """Return a network and a volume with zero background, as skull-stripped scans have."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)
     devices.set_precision("fp32")  # for forward passes too
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = models.build_model(args.model, tuple(args.shape)).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm3d):  # as after training: weights of either sign
@@ -134,6 +138,26 @@ def in_fresh_process(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
+def run_script(*command: object, threads: int | None = None) -> float:
+    """Run a script of this suite with its options; return its seconds of wall time."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - start
+
+
+def differences(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the largest difference over the expected map's maximum, and 1 − r."""
+    found, expected = found.double().flatten(), expected.double().flatten()
+    largest = float((found - expected).abs().max() / expected.abs().max())
+    return largest, 1 - float(torch.corrcoef(torch.stack([found, expected]))[0, 1])
+
+
 def compare(
     args: argparse.Namespace,
     name: str,
@@ -173,27 +197,15 @@ def compare(
     in_units = [statistics.median(row[column] / row[0] for row in rows) for column in (1, 2)]
     ratio = statistics.median(row[1] / row[2] for row in rows)
     expected, found = (maps[work] for work in ways)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    correlation = float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1])
+    difference, one_minus_r = differences(found, expected)
     peaks = [in_fresh_process(measure_peak, args, work, prepare) for work in brief_ways or ways]
     print_conditions(args, unit_s)
     print_table(
         ["in forward passes", "plain", "ours", "ratio", "peak GB, plain", "peak GB, ours",
          "largest difference / maximum", "1 − r"],
         [[name, *(f"{units:.1f}" for units in in_units), f"{ratio:.1f}",
-          *(f"{peak:.2f}" for peak in peaks), f"{difference:.0e}", f"{1 - correlation:.0e}"]],
+          *(f"{peak:.2f}" for peak in peaks), f"{difference:.0e}", f"{one_minus_r:.0e}"]],
     )  # fmt: skip
-
-
-def measure_alone(args: argparse.Namespace, name: str, work: Work) -> None:
-    """Print a table of ours only, where the plain way would take too long."""
-    model, volume = make_case(args)
-    with torch.no_grad():
-        model(volume)
-        unit_s = seconds(lambda: model(volume), args.clock)
-    n_units = seconds(lambda: work(model, volume), args.clock) / unit_s
-    print_conditions(args, unit_s)
-    print_table(["in forward passes", "ours"], [[name, f"{n_units:.1f}"]])
 
 
 def print_conditions(args: argparse.Namespace, unit_s: float) -> None:

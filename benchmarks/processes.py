@@ -9,31 +9,15 @@ share nothing would take half the time of one.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import functools
 import tempfile
-import time
 from pathlib import Path
 
-from measuring import print_table
+import measuring
 
-ROOT = Path(__file__).parent.parent
 N_PROCESSES = 2
 QUICK = {"voxel": 4, "n_scans": 32, "epochs": 2, "steps": 10}
 FULL = {"voxel": 3, "n_scans": 40, "epochs": 3, "steps": 50}
-
-
-def run(*command: object) -> float:
-    """Run a command with one thread a process; return its seconds of wall time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return time.perf_counter() - start
 
 
 def commands(folder: Path, outpath: Path, size: dict) -> dict[str, list]:
@@ -59,20 +43,21 @@ def commands(folder: Path, outpath: Path, size: dict) -> dict[str, list]:
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
     size = FULL if args.full else QUICK
+    run = functools.partial(measuring.run_script, threads=1)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={N_PROCESSES}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = ["--n", size["n_scans"], "--voxel", size["voxel"]]
-        run(sys.executable, "simulate.py", "--outpath", folder, *options)
+        run("simulate.py", "--outpath", folder, *options)
         alone = commands(folder, folder / "one", size)
         together = commands(folder, folder / "two", size)
         rows = []
         for work in alone:
-            one_s = run(sys.executable, *alone[work])
-            two_s = run(sys.executable, *torchrun, *together[work])
+            one_s = run(*alone[work])
+            two_s = run(*torchrun, *together[work])
             rows.append([work, f"{one_s:.1f}", f"{two_s:.1f}", f"{two_s / one_s:.2f}"])
     print(f"{size['n_scans']} scans of {size['voxel']} mm, four folds, one thread a process\n")
-    print_table(["", "one process, s", f"{N_PROCESSES} processes, s", "ratio"], rows)
+    measuring.print_table(["", "one process, s", f"{N_PROCESSES} processes, s", "ratio"], rows)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,7 +1,10 @@
 """Time a training step by precision and memory format, beside the work that it cannot do without.
 
+And an epoch as train_cv.py has it, from the file of scaled volumes: what its steps would take with
+the volumes at hand is the share that it is busy, the rest is waiting.
+
     python3 benchmarks/training_step.py                         # a small volume, a minute
-    python3 benchmarks/training_step.py --full                  # modelA24 at 193×229×193
+    python3 benchmarks/training_step.py --full                  # modelA24 at 193×229×193, minutes
     python3 benchmarks/training_step.py --full --device cuda    # every precision
 
 The work: floating-point operations of the convolutions and linear layers, forward and backward, as
@@ -10,16 +13,27 @@ backward, in float32. A card's peak rates make a bound of these.
 """
 
 import argparse
+import os
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import measuring
+import nibabel as nib
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dataset
 import devices
+import loading
 import models
+import train_cv
+import utils
+import volume_cache
+from teams import Team
 
 BATCH = 5
 MEMORY_FORMATS = {
@@ -28,6 +42,7 @@ MEMORY_FORMATS = {
 }
 PASSES = 3  # through each layer: forward, its inputs' gradient, its weights' gradient
 N_STEPS = 3  # timed, after one that is not
+N_BATCHES = 10  # of an epoch
 
 
 def make_step(args: argparse.Namespace, precision: str, memory_format: str) -> Callable:
@@ -73,8 +88,53 @@ def count_work(args: argparse.Namespace) -> tuple[float, float]:
     return counter.get_total_flops(), PASSES * 4 * n_values
 
 
+def write_cohort(folder: Path, shape: list[int], n_scans: int) -> dataset.Cohort:
+    """Write one random scan, link it n_scans times, and return the cohort of the links."""
+    scan_data = np.random.default_rng(0).random(shape, np.float32)
+    nib.save(nib.Nifti1Image(scan_data, np.eye(4)), folder / "scan.nii")
+    for index in range(n_scans):
+        os.link(folder / "scan.nii", folder / f"{index}.nii")
+    rows = [f"{index}.nii,{index % 2}\n" for index in range(n_scans)]
+    (folder / "data.csv").write_text("".join(rows))
+    return dataset.read_cohort(folder / "data.csv")
+
+
+def time_epochs(args: argparse.Namespace, precision: str) -> tuple[float, float]:
+    """Return seconds a step of an epoch with the volumes at hand, and from the file."""
+    devices.set_precision(precision)
+    device = torch.device(args.device)
+    model = models.build_model(args.model, tuple(args.shape))
+    model = model.to(device, memory_format=train_cv.MEMORY_FORMATS[device.type])
+    optimizer = torch.optim.Adam(model.parameters())
+    n_batches = N_BATCHES if device.type == "cuda" else 2
+    n_scans = n_batches * args.batch
+
+    def step_s(batches) -> float:
+        def epoch():
+            train_cv.train_epoch(
+                model, batches, nn.CrossEntropyLoss(), optimizer, device, precision
+            )
+
+        return measuring.seconds(epoch, args.clock) / len(batches)
+
+    with tempfile.TemporaryDirectory() as name:
+        cohort = write_cohort(Path(name), args.shape, n_scans)
+        cache_folder = volume_cache.locate(cohort, Path(name), None)
+        with volume_cache.opened(cohort, cache_folder, utils.N_WORKERS) as volumes:
+            loader = loading.training_loader(
+                dataset.ScanDataset(cohort.table, np.arange(n_scans), volumes), args.batch,
+                True, utils.N_WORKERS, tuple(args.shape), device, Team(),
+            )  # fmt: skip
+            loader.batch_sampler.seed(0)
+            at_hand = [[part.to(device) for part in next(loading.batches(loader))]] * n_batches
+            step_s(at_hand[:1])
+            if device.type == "cuda":
+                step_s(loader)  # starts the reading processes
+            return step_s(at_hand), step_s(loader)
+
+
 def main(args: argparse.Namespace) -> None:
-    """Print the work and the table."""
+    """Print the work and the tables."""
     if args.threads:
         torch.set_num_threads(args.threads)
     n_operations, n_bytes = count_work(args)
@@ -97,16 +157,24 @@ def main(args: argparse.Namespace) -> None:
         [[precision, memory_format, f"{step_s:.3g}", f"{rows[0][2] / step_s:.2f}",
           f"{n_operations / step_s / 1e12:.3g}"] for precision, memory_format, step_s in rows],
     )  # fmt: skip
+    waiting = []
+    for precision in precisions:
+        alone_s, loaded_s = time_epochs(args, precision)
+        cells = f"{alone_s:.3g}", f"{loaded_s:.3g}", f"{100 * alone_s / loaded_s:.0f}"
+        waiting.append([precision, *cells])
+    measuring.print_table(
+        ["an epoch in", "s a step, volumes at hand", "s a step, from the file", "% busy"], waiting
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = measuring.make_parser(__doc__)
     option = parser.add_argument
-    option("--batch", type=int, help="scans per step; default: 1, with --full 5")
+    option("--batch", type=int, help="scans per step; default: 1, on a GPU 5")
     option("--compile", action="store_true", help="also through torch.compile")
     args = measuring.parse(parser, argv)
-    args.batch = args.batch or (BATCH if args.full else 1)
+    args.batch = args.batch or (1 if torch.device(args.device).type == "cpu" else BATCH)
     return args
 
 
