@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo bench bench-full test test-slow lint format clean
+.PHONY: demo bench bench-full bench-gpu test test-slow lint format clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,12 @@ bench: .venv/ready
 
 bench-full: .venv/ready
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --full || exit 1; done
+
+# Those that compute on a device, and a training step through torch.compile as well.
+bench-gpu: .venv/ready
+	for script in $(shell grep -l -e make_parser -e 'argument."--device"' $(BENCHMARKS)); do \
+		$(BIN)/python $$script --full --device cuda || exit 1; done
+	$(BIN)/python benchmarks/training_step.py --full --device cuda --compile
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto

@@ -17,7 +17,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from first_block import FirstBlock, first_block_of
+from first_block import FirstBlock, first_block_of, has_first_block
 from lrp_rules import RULES, OnePassLRP
 from rest import rest_after
 from untouched import attribute_on
@@ -57,7 +57,7 @@ def lrp(model: nn.Module, volume: Tensor, target: Targets, beta: float = BETA) -
     FloatingPointError
         If a map or a logit is NaN or infinite; the message names the layer where it began.
     TypeError
-        If the model has a layer that no rule is known for.
+        If the model has a layer that no rule is known for, or that pads with more than zeros.
 
     References
     ----------
@@ -66,6 +66,8 @@ def lrp(model: nn.Module, volume: Tensor, target: Targets, beta: float = BETA) -
 
     def attribute() -> Tensor:
         for name, layer in model.named_modules():
+            if getattr(layer, "padding_mode", "zeros") != "zeros":
+                raise TypeError(f"LRP: layer {name} pads with other values than zeros")
             if type(layer) in RULES:
                 layer.rule = RULES[type(layer)](beta)
             elif not list(layer.children()):
@@ -93,7 +95,7 @@ def integrated_gradients(
     n_steps : int
         At least 2.
     batch_size : int
-        Steps per pass; two for small volumes, where one at a time would be slower.
+        Steps per pass; on a CPU two for small volumes, where one at a time would be slower.
 
     Returns
     -------
@@ -112,22 +114,23 @@ def integrated_gradients(
     targets = torch.as_tensor(target).expand(len(volume))
     options = {"n_steps": n_steps, "method": "riemann_left", "internal_batch_size": batch_size}
 
-    def attribute(with_shortcut: bool = True) -> Tensor:
+    def attribute(with_shortcut: bool) -> Tensor:
         maps = []
         for one_volume, one_target in zip(volume.detach()[:, None], targets.tolist(), strict=True):
-            with_shortcut = with_shortcut and n_steps > FEWEST_STEPS
-            block = first_block_of(model, one_volume) if with_shortcut else None
-            if with_shortcut and block is None:
-                say_once("integrated gradients: no linear first block, every step is a whole pass")
-            if block is None:
+            if with_shortcut:
+                block = first_block_of(model, one_volume)
+                maps.append(_integrate_after(block, one_volume, one_target, options))
+            else:
                 method = IntegratedGradients(model)
                 maps.append(method.attribute(one_volume, 0, target=one_target, **options))
-            else:
-                maps.append(_integrate_after(block, one_volume, one_target, options))
         return torch.cat(maps).to(volume.dtype)
 
-    diagnose = functools.partial(attribute, with_shortcut=False)
-    return attribute_on(model, attribute, diagnose, same_rounding=False)
+    is_linear = has_first_block(model)
+    if not is_linear:
+        say_once("integrated gradients: no linear first block, every step is a whole pass")
+    has_shortcut = is_linear and n_steps > FEWEST_STEPS
+    ways = (functools.partial(attribute, with_shortcut) for with_shortcut in (has_shortcut, False))
+    return attribute_on(model, *ways, same_rounding=not has_shortcut)
 
 
 def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: dict) -> Tensor:
@@ -140,7 +143,7 @@ def _integrate_after(block: FirstBlock, volume: Tensor, target: int, options: di
     first_gradient = block.gradient_at_zero(pooled, target) / n_steps
     # the other steps, 1/n to (n-1)/n, are a left Riemann sum on the path from 1/n on
     options = options | {"n_steps": n_steps - 1}
-    if volume.numel() <= SMALL_VOXELS:
+    if volume.numel() <= SMALL_VOXELS and volume.device.type == "cpu":
         options["internal_batch_size"] = max(2, options["internal_batch_size"])
     method = IntegratedGradients(block.rest, multiply_by_inputs=False)
     gradient = method.attribute(pooled, pooled / n_steps, target=target, **options)

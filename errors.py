@@ -8,7 +8,8 @@ import torch
 
 MEMORY_MESSAGES = (  # of plain RuntimeErrors: torch's on the CPU, the driver's and its libraries'
     "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED",  # of cuDNN before 9, and since
+    "unable to find an engine to execute this computation",  # no kernel's workspace fits
 )  # fmt: skip
 READER_MESSAGE = "DataLoader worker"  # torch raises it wherever the main process is just then
 

@@ -6,7 +6,10 @@ max-pool(relu(α·u + v)) = relu(α·max-pool(u) + v) for α ≥ 0. So the first
 pooling are computed once per scan instead of once per step, and each step starts from there.
 """
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,9 @@ from rest import Rest, is_straight
 
 CHANNELS_AT_ONCE = 8  # before the pooling, where all of them are most of the memory
 SPAN = 8  # voxels a side that suffice for layers to compute as they do on whole volumes
+NEAR = 5e-7  # of the largest sum that a window can have: float32 rounding is a fraction of it
+WINDOWS_AT_ONCE = 2**14  # of which float64 decides who wins; each takes a kernel's voxels
+MOST_NEAR = 0.01  # of all windows: more come from volumes of few values, whose ties are real
 
 
 class _ShiftedReLU(nn.Module):
@@ -40,6 +46,8 @@ class FirstBlock:
     convolution : Conv3d
     weight : Tensor, shape (C, 1, K, L, M)
         Its weight times the batch normalisation's scale.
+    exact_weight : Tensor, shape (C, 1, K, L, M), float64
+        The same before rounding.
     pooling : int
         Side and stride of the pooling, in voxels.
     rest : Module
@@ -48,19 +56,64 @@ class FirstBlock:
 
     convolution: nn.Conv3d
     weight: Tensor
+    exact_weight: Tensor
     pooling: int
     rest: nn.Module
 
     @torch.no_grad()
     def pooled(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """Return max-pool(u) of volumes (N, 1, D, H, W), and which voxel won each window."""
+        """Return max-pool(u) of volumes (N, 1, D, H, W), and which voxel won each window.
+
+        Who wins counts in every step, so where rounding may have decided float64 decides again.
+        """
         volume = channels_last(volume)
         parts = []
-        for weight in self.weight.split(CHANNELS_AT_ONCE):
+        largest = self._largest_in_windows(volume)
+        weights = (self.weight.split(CHANNELS_AT_ONCE), self.exact_weight.split(CHANNELS_AT_ONCE))
+        for weight, exact_weight in zip(*weights, strict=True):
             scaled = functional.conv3d(volume, weight)
-            parts.append(functional.max_pool3d(scaled, self.pooling, return_indices=True))
+            values, winners = functional.max_pool3d(scaled, self.pooling, return_indices=True)
+            others = scaled.contiguous()
+            others.flatten(2).scatter_(2, winners.flatten(2), -torch.inf)
+            lead = values - functional.max_pool3d(others, self.pooling)
+            most = largest * weight.abs().sum((1, 2, 3, 4)).view(1, -1, 1, 1, 1)
+            near = ((lead <= NEAR * most) & (values != 0)).nonzero()  # at 0 they are background
+            if 0 < len(near) <= MOST_NEAR * lead.numel():
+                for windows in near.split(WINDOWS_AT_ONCE):
+                    exact = self._exact_winners(volume, exact_weight, windows)
+                    winners[tuple(windows.T)] = exact
+            parts.append((values, winners))
         pooled, winners = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return channels_last(pooled), winners
+
+    def _largest_in_windows(self, volume: Tensor) -> Tensor:
+        """Return the largest size of the voxels that feed each window, (N, 1, d, h, w)."""
+        largest = volume.abs().contiguous()
+        for axis, kernel in enumerate(self.weight.shape[2:]):
+            sides, stride = [1, 1, 1], [1, 1, 1]
+            sides[axis], stride[axis] = self.pooling + kernel - 1, self.pooling
+            largest = functional.max_pool3d(largest, sides, stride)
+        return largest
+
+    def _exact_winners(self, volume: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
+        """Return which voxel wins each of some windows, (n,), given as (scan, channel, d, h, w)."""
+        _, _, *sides = volume.shape
+        kernel = weight.shape[2:]
+        scans, channels, *corners = windows.T
+        weights = weight.flatten(1)[channels]
+        n_outputs = [side - k + 1 for side, k in zip(sides, kernel, strict=True)]
+        around = _places(torch.cartesian_prod(*(torch.arange(k) for k in kernel)).T, sides)
+        around = around.to(volume.device)
+        voxels = volume.contiguous().flatten()
+        sums, places = [], []
+        for offset in itertools.product(range(self.pooling), repeat=3):
+            corner = [self.pooling * c + o for c, o in zip(corners, offset, strict=True)]
+            seen = scans * prod(sides) + _places(corner, sides)
+            patches = voxels[seen[:, None] + around]
+            sums.append((patches.double() * weights).sum(1))
+            places.append(_places(corner, n_outputs))
+        best = torch.stack(sums).argmax(0, keepdim=True)  # the first of equal ones
+        return torch.stack(places).gather(0, best)[0]
 
     def gradient_at_zero(self, pooled: Tensor, target: int) -> Tensor:
         """Return the gradient of a target's logit after the pooling, for a volume of zeros.
@@ -107,13 +160,32 @@ class FirstBlock:
         return unpooled
 
 
+def _places(axes: Iterable[Tensor], sides: Sequence[int]) -> Tensor:
+    """Return the places in memory of voxels, given along each axis, in a volume of some sides."""
+    along_d, along_h, along_w = axes
+    return (along_d * sides[1] + along_h) * sides[2] + along_w
+
+
 def _innermost(values: Tensor) -> Tensor:
     """Return values (N, C, d, h, w) as (N, d·h·w, C)."""
     return values.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
-def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
-    """Return a model's first block, or None if the model is not built in the way this needs.
+def has_first_block(model: nn.Module) -> bool:
+    """Tell whether a model is built in the way that this needs."""
+    if not is_straight(model):
+        return False
+    first_layers = model.features[:4]
+    if [type(m) for m in first_layers] != [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]:
+        return False
+    convolution, norm, _, pooling = first_layers
+    if not (is_plain_one_channel(convolution) and is_plain_pooling(pooling)):
+        return False
+    return not (convolution.bias is None or norm.running_var is None or norm.weight is None)
+
+
+def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock:
+    """Return the first block of a model that has one.
 
     Parameters
     ----------
@@ -122,24 +194,18 @@ def first_block_of(model: nn.Module, volume: Tensor) -> FirstBlock | None:
     volume : Tensor, shape (N, 1, D, H, W)
         Of the kind that it is to explain.
     """
-    if not is_straight(model):
-        return None
     first_layers = model.features[:4]
-    if [type(m) for m in first_layers] != [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]:
-        return None
     convolution, norm, _, pooling = first_layers
-    if not (is_plain_one_channel(convolution) and is_plain_pooling(pooling)):
-        return None
-    if convolution.bias is None or norm.running_var is None or norm.weight is None:
-        return None
     scale = (norm.weight * torch.rsqrt(norm.running_var + norm.eps)).detach()
     # as the layers themselves round it: where a volume is 0, rounding decides ties in later blocks
     nothing = volume.new_zeros(1, 1, *(k + SPAN - 1 for k in convolution.kernel_size))
     with torch.no_grad():
         shift = norm(convolution(nothing))[0, :, 0, 0, 0]
-    weight = convolution.weight.detach() * scale.view(-1, 1, 1, 1, 1)
+    scale = scale.view(-1, 1, 1, 1, 1)
+    weight = convolution.weight.detach()
+    exact_weight = weight.double() * scale.double()
     rest = Rest(model, len(first_layers), _ShiftedReLU(shift.view(1, -1, 1, 1, 1)))
-    return FirstBlock(convolution, weight, pooling.kernel_size, rest)
+    return FirstBlock(convolution, weight * scale, exact_weight, pooling.kernel_size, rest)
 
 
 def is_plain_pooling(pooling: nn.MaxPool3d) -> bool:

@@ -47,7 +47,8 @@ def kind_of(args: argparse.Namespace, method: str) -> runs.RunKind:
         rf"{stem}_map_(({'|'.join(maps.OUTCOMES)})(_f\d+)?|f\d+)\.nii\.gz",
         rf"{stem}_subjects/\d+_[\w-]*_f\d+\.nii\.gz",
     )
-    return runs.RunKind(f"{stem}_run.json", options, results)
+    mean_scans = r"mean_scan(_f\d+)?\.nii\.gz"
+    return runs.RunKind(f"{stem}_run.json", options, results, mean_scans)
 
 
 def start_methods(args: argparse.Namespace, cohort: Cohort, plan: list[Fold]) -> dict[str, dict]:

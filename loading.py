@@ -1,5 +1,6 @@
 """How scans come in batches: loaders, a process's share of each batch, and faults of readers."""
 
+import functools
 import signal
 import weakref
 from collections.abc import Iterator
@@ -119,6 +120,12 @@ def batches(loader: DataLoader) -> Iterator:
         raise RunError(str(error).rpartition("RunError: ")[2].strip()) from None
 
 
+@functools.cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a GPU that copies; each stream keeps memory of its own for good."""
+    return torch.cuda.Stream(device)
+
+
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Iterate over a loader's batches, their volumes and labels on a device, rows on the CPU.
 
@@ -128,7 +135,7 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor
     if device.type != "cuda":
         yield from batches(loader)
         return
-    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    computing, copying = torch.cuda.current_stream(device), copying_stream(device)
     step_before = None
     for volumes, labels, rows in batches(loader):
         with torch.cuda.stream(copying):

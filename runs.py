@@ -31,11 +31,14 @@ class RunKind:
     results : tuple of str
         Regular expressions of the files that a run writes and a run anew removes, as paths below
         --outpath; first those that say that a fold is finished.
+    shared : str, optional
+        The same of files that all runs in a folder write alike; a run anew leaves them.
     """
 
     record_name: str
     options: tuple[str, ...]
     results: tuple[str, ...]
+    shared: str = ""
 
     @property
     def start_lock(self) -> str:
@@ -48,9 +51,19 @@ class RunKind:
 
     def results_in(self, outpath: Path) -> list[Path]:
         """Return the results that stand in a folder, in the order in which they are removed."""
-        paths = sorted(path for depth in ("*", "*/*") for path in outpath.glob(depth))
-        names = {path: path.relative_to(outpath).as_posix() for path in paths if path.is_file()}
-        return [p for result in self.results for p in names if re.fullmatch(result, names[p])]
+        return matching(outpath, *self.results)
+
+    def without_record(self, outpath: Path) -> list[Path]:
+        """Return what a run would replace in a folder that has no record of it."""
+        is_anyones = any(outpath.glob("*run.json"))
+        return self.results_in(outpath) + ([] if is_anyones else matching(outpath, self.shared))
+
+
+def matching(outpath: Path, *expressions: str) -> list[Path]:
+    """Return the files below a folder whose paths match, in the order of the expressions."""
+    paths = sorted(path for depth in ("*", "*/*") for path in outpath.glob(depth))
+    names = {path: path.relative_to(outpath).as_posix() for path in paths if path.is_file()}
+    return [p for expression in expressions for p in names if re.fullmatch(expression, names[p])]
 
 
 def how_to_go_on(args: argparse.Namespace) -> str:
@@ -121,7 +134,7 @@ def open_run(
             f"{args.outpath} holds a run of {before.get('script')}: choose another --outpath"
         )
     if before is None:
-        refuse_to_replace(kind.results_in(args.outpath), args, kind)
+        refuse_to_replace(kind.without_record(args.outpath), args, kind)
     if args.overwrite or before is None:
         return record, True
     check_same_run(before, record, kind, cohort)

@@ -60,6 +60,7 @@ RUN = runs.RunKind(
         r"metrics\.csv",
         r"roc\.png",
     ),
+    shared=r"mean_scan\.nii\.gz",
 )
 
 

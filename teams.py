@@ -144,7 +144,7 @@ class SharedBatchNorm3d(nn.BatchNorm3d):
     def normalise(self, inputs: Tensor) -> Tensor:
         """Normalise float32 inputs: bfloat16 would round counts and running statistics."""
         axes = (0, 2, 3, 4)
-        count = inputs.new_tensor([inputs.numel() / self.num_features])
+        count = inputs.new_full((1,), inputs.numel() / self.num_features)
         totals = self.team.total(torch.cat([inputs.sum(axes), count]))
         n, mean = totals[-1].detach(), totals[:-1] / totals[-1].detach()
         centred = inputs - mean.view(1, -1, 1, 1, 1)
@@ -168,7 +168,7 @@ class SharedDropout(nn.Dropout):
         """Drop units of (N, n_units)."""
         if not self.training:
             return inputs
-        n_scans = int(self.team.total(torch.tensor([len(inputs)], device=inputs.device)))
+        n_scans = int(self.team.total(torch.full((1,), len(inputs), device=inputs.device)))
         mask = functional.dropout(inputs.new_ones(n_scans, *inputs.shape[1:]), self.p)
         return inputs * mask[self.team.index :: self.team.size]
 
@@ -185,7 +185,7 @@ class SharedCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the member's part of the loss of logits (N, 2) and labels (N,)."""
-        n_scans = self.team.total(torch.tensor([len(labels)], device=labels.device))
+        n_scans = self.team.total(torch.full((1,), len(labels), device=labels.device))
         total = functional.cross_entropy(logits, labels, reduction="sum")
         return total * self.team.size / n_scans[0]
 

@@ -288,7 +288,9 @@ def main(args: argparse.Namespace) -> None:
                         train_fold(args, cohort, parts, fold, device, cached, team)
 
     ranks.wait_for_all()
-    if args.cache_dir is not None:  # below --outpath it stays until all folds are done
+    if (
+        args.cache_dir is not None and not args.no_cache
+    ):  # below --outpath it stays until all folds are done
         volume_cache.remove(cache_folder)
     if ranks.is_first():
         training_run.finish(args, cohort, record)

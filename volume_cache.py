@@ -54,6 +54,8 @@ def check_room(cohort: Cohort, folder: Path) -> None:
     parent = utils.nearest_folder(folder.parent)
     n_missing = len(volume_file.stale_rows(cohort, volume_file.read_index(cohort, folder)))
     n_bytes = n_missing * volume_file.bytes_of_scan(cohort)
+    n_whole = len(cohort.table) * volume_file.bytes_of_scan(cohort)
+    n_bytes = min(n_bytes, n_whole - volume_file.bytes_allocated(folder))
     n_free = shutil.disk_usage(parent).free
     if n_bytes > n_free:
         raise InputError(
@@ -65,14 +67,26 @@ def check_room(cohort: Cohort, folder: Path) -> None:
 # Sharing
 
 
+def open_lock(folder: Path) -> TextIO:
+    """Return the open lock of a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a+")
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # somebody else's
+        raise RunError(
+            f"{folder} cannot be used ({error.strerror}): give another --cache-dir"
+        ) from None
+
+
 @contextlib.contextmanager
 def opened_lock(folder: Path) -> Iterator[TextIO]:
     """Open the lock of a folder that is made where it is missing."""
     lock = None
     while lock is None:
         with contextlib.suppress(FileNotFoundError):  # its last user has removed it just now
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("a+")
+            lock = open_lock(folder)
     with lock:
         try:
             yield lock
@@ -164,7 +178,7 @@ def remove(folder: Path) -> None:
     """Remove a cache, whole or not, unless a process of this host uses it."""
     try:
         lock = (folder / "lock").open("a+")
-    except FileNotFoundError:
+    except OSError:  # gone, or somebody else's
         return
     with lock:
         if not (try_lock(lock, fcntl.LOCK_EX) and is_in(folder, lock)):

@@ -5,6 +5,7 @@ a row is entered once it is on the disk, so what a killed process leaves is neve
 and the next one goes on from there. A scan whose size or time has changed is decoded anew.
 """
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -60,6 +61,14 @@ class Volumes:
                 file.seek(4 * (row * self.n_voxels + start))
                 file.readinto(block[row])
         return block
+
+
+def bytes_allocated(folder: Path) -> int:
+    """Return how much of a disk a folder's volumes take already, whatever they hold."""
+    try:
+        return 512 * (folder / "volumes.f32").stat().st_blocks
+    except FileNotFoundError:
+        return 0
 
 
 def bytes_of_scan(cohort: Cohort) -> int:
@@ -156,10 +165,13 @@ def decode(cohort: Cohort, folder: Path, n_workers: int) -> None:
     n_scans, n_bytes = len(cohort.table), bytes_of_scan(cohort)
     n_gb = n_scans * n_bytes / 1e9
     log.info("%d of %d scans are decoded into %s (%.2f GB)", len(rows), n_scans, folder, n_gb)
-    if len(rows) == n_scans:  # an index of volumes that are gone must not speak of these
-        (folder / "index.npy").unlink(missing_ok=True)
-    with (folder / "volumes.f32").open("ab") as file:
-        file.truncate(n_scans * n_bytes)
+    try:
+        if len(rows) == n_scans:  # an index of volumes that are gone must not speak of these
+            (folder / "index.npy").unlink(missing_ok=True)
+        with (folder / "volumes.f32").open("ab") as file:
+            file.truncate(n_scans * n_bytes)
+    except OSError as error:
+        raise RunError(files.describe_failure(folder / "volumes.f32", None, error)) from None
     index[rows] = NOT_DECODED
     save_index(folder, index)
     loader = DataLoader(Decoder(cohort, folder), None, sampler=rows, num_workers=n_workers)
@@ -175,6 +187,7 @@ def decode(cohort: Cohort, folder: Path, n_workers: int) -> None:
     except RuntimeError as error:  # of DataLoader
         problem = f"decoding stopped ({error}); with fewer --workers it needs less memory"
     finally:
-        save_index(folder, index)
+        with contextlib.suppress(RunError if problem else ()):  # of the same full disk
+            save_index(folder, index)
     if problem:
         raise RunError(f"{problem}\nwhat is decoded already is kept in {folder}")

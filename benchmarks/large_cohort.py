@@ -12,7 +12,6 @@ the SVM 13 more: what the machine's memory is too small for is left out, and sai
 import argparse
 import math
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -21,10 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
 
-import nibabel as nib
+import measuring
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
 import folds
@@ -40,22 +37,11 @@ TRAINING_SHARE = 0.8
 ROOM_BYTES = 3e9  # beside the Gram matrix, for blocks of voxels
 
 
-def write_cohort(folder: Path, n_scans: int, shape: tuple[int, int, int]) -> Path:
-    """Write one scan, link it n_scans times, and list the links; return the CSV."""
-    data = np.random.default_rng(0).random(shape, dtype=np.float32)
-    nib.save(nib.Nifti1Image(data, np.eye(4)), folder / "scan.nii")
-    for index in range(n_scans):
-        os.link(folder / "scan.nii", folder / f"{index:05d}.nii")
-    rows = "".join(f"{index:05d}.nii,{index // 2 % 2},s{index // 2}\n" for index in range(n_scans))
-    (folder / "data.csv").write_text(rows)
-    return folder / "data.csv"
-
-
 def measure(
     n_scans: int, shape: tuple[int, int, int], folder: Path, queue: multiprocessing.Queue
 ) -> None:
     """Put (step, seconds, peak memory in GB) of each step; NaN where memory is too small."""
-    csv_path = write_cohort(folder, n_scans, shape)
+    csv_path = measuring.write_cohort(folder, shape, n_scans)
     start = time.perf_counter()
 
     def done(step: str) -> None:

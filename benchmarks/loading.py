@@ -23,7 +23,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -32,6 +31,7 @@ import loading
 import utils
 import volume_cache
 import volume_file
+from teams import Team
 
 BATCH = 5
 WAYS = {
@@ -67,7 +67,6 @@ def measure(shape: tuple[int, int, int], n_scans: int, n_epochs: int, n_workers:
     with tempfile.TemporaryDirectory() as name:
         cohort = write_cohort(Path(name), shape, n_scans)
         folder = volume_cache.locate(cohort, Path(name), None)
-        stack = loading.BatchStacker()
 
         def plain() -> None:
             for file in cohort.table["file"]:
@@ -75,7 +74,11 @@ def measure(shape: tuple[int, int, int], n_scans: int, n_epochs: int, n_workers:
 
         def ours(volumes: volume_file.Volumes) -> None:
             scans = dataset.ScanDataset(cohort.table, np.arange(n_scans), volumes)
-            for batch, _, _ in DataLoader(scans, BATCH, shuffle=True, collate_fn=stack):
+            loader = loading.training_loader(
+                scans, BATCH, True, 0, shape, torch.device("cpu"), Team()
+            )
+            loader.batch_sampler.seed(0)
+            for batch, _, _ in loader:
                 assert batch.dtype == torch.float32
 
         def first() -> None:

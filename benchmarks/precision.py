@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--full", action="store_true", help="larger scans, more of them, epochs")
-    parser.add_argument("--device", default="cpu", help="a GPU index or cpu")
+    parser.add_argument("--device", default="cpu", help="a GPU index, a torch device or cpu")
     return parser.parse_args(argv)
 
 

@@ -49,19 +49,19 @@ class Series:
     Attributes
     ----------
     method : str
-    sizes, seconds, gb : list of float
+    sizes, seconds, gib : list of float
     """
 
     method: str
     sizes: list[float]
     seconds: list[float]
-    gb: list[float]
+    gib: list[float]
 
     def exponents(self) -> tuple[float, float]:
         """Return the log–log slopes of seconds and memory."""
         return tuple(
             float(np.polyfit(np.log(self.sizes), np.log(values), 1)[0])
-            for values in (self.seconds, self.gb)
+            for values in (self.seconds, self.gib)
         )
 
 
@@ -75,15 +75,15 @@ def explain(model, volume, method: str, n_steps: int) -> torch.Tensor:
 
 
 def measure_attribution(args: argparse.Namespace, method: str, n_steps: int) -> tuple[float, float]:
-    """Return seconds and the memory in GB above the idle process; for a fresh process."""
+    """Return seconds and the memory in GiB above the idle process; for a fresh process."""
     model, volume = measuring.make_case(args)
 
     def work(*case):
         return explain(*case, method, n_steps)
 
-    gb = measuring.added_gb(args.device, work, model, volume)
+    gib = measuring.added_gib(args.device, work, model, volume)
     times = [measuring.seconds(lambda: work(model, volume), args.clock) for _ in range(args.pairs)]
-    return statistics.median(times), gb
+    return statistics.median(times), gib
 
 
 def over_volumes(args: argparse.Namespace, method: str) -> Series:
@@ -126,7 +126,7 @@ def make_cohort(folder: Path, model_name: str, n_scans: int) -> None:
 
 
 def run_heatmap(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Return the seconds and the peak memory in GB of heatmap.py's main; for a fresh process."""
+    """Return the seconds and the peak memory in GiB of heatmap.py's main; for a fresh process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     options = ["--path", folder / "data.csv", "--modelpath", folder, "--model", args.model]
@@ -137,7 +137,7 @@ def run_heatmap(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
         seconds = measuring.seconds(lambda: heatmap.main(heatmap_args), args.clock)
-    return seconds, measuring.most_resident_gb()
+    return seconds, measuring.most_resident_gib()
 
 
 def over_cohorts(args: argparse.Namespace) -> Series:
@@ -150,7 +150,7 @@ def over_cohorts(args: argparse.Namespace) -> Series:
             make_cohort(folder, args.model, n_scans)
             measured.append(measuring.in_fresh_process(run_heatmap, args, folder))
     (least_s, _), *larger = measured
-    return Series("LRP", sizes, [s - least_s for s, _ in larger], [gb for _, gb in larger])
+    return Series("LRP", sizes, [s - least_s for s, _ in larger], [gib for _, gib in larger])
 
 
 # What is shown
@@ -158,9 +158,9 @@ def over_cohorts(args: argparse.Namespace) -> Series:
 
 def print_series(all_series: list[Series], size_name: str) -> None:
     """Print one table; a last row holds the exponents."""
-    head = [size_name, *(f"{s.method}, {unit}" for s in all_series for unit in ("s", "GB"))]
+    head = [size_name, *(f"{s.method}, {unit}" for s in all_series for unit in ("s", "GiB"))]
     rows = [
-        [f"{size:,}", *(f"{v[row]:.3g}" for s in all_series for v in (s.seconds, s.gb))]
+        [f"{size:,}", *(f"{v[row]:.3g}" for s in all_series for v in (s.seconds, s.gib))]
         for row, size in enumerate(all_series[0].sizes)
     ]
     rows.append(["exponent", *(f"{slope:.2f}" for s in all_series for slope in s.exponents())])
@@ -176,14 +176,14 @@ def plot(tables: dict[str, list[Series]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(tables), **layout)
     for column, (size_name, all_series) in enumerate(tables.items()):
         for series in all_series:
-            measures = zip((series.seconds, series.gb), series.exponents(), strict=True)
+            measures = zip((series.seconds, series.gib), series.exponents(), strict=True)
             for row, (values, slope) in enumerate(measures):
                 label = f"{series.method}: exponent {slope:.2f}"
                 axes[row, column].loglog(series.sizes, values, "o-", label=label)
                 axes[row, column].legend(loc="upper left")
         axes[1, column].set_xlabel(size_name)
     axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("peak memory, GB")
+    axes[1, 0].set_ylabel("peak memory, GiB")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -200,8 +200,8 @@ def main(args: argparse.Namespace) -> None:
     for size_name, all_series in tables.items():
         print_series(all_series, size_name)
     (cohorts,) = tables["scans"]
-    kept_gb = 4 * math.prod(COHORT_SIDES) / measuring.GIB
-    share = np.polyfit(cohorts.sizes, cohorts.gb, 1)[0] / kept_gb
+    kept_gib = 4 * math.prod(COHORT_SIDES) / measuring.GIB
+    share = np.polyfit(cohorts.sizes, cohorts.gib, 1)[0] / kept_gib
     print(f"memory grows by {share:.3f} of one volume a scan")
     if args.plot is not None:
         plot(tables, args.plot)

@@ -9,18 +9,17 @@ the volumes at hand is the share that it is busy, the rest is waiting.
 
 The work: floating-point operations of the convolutions and linear layers, forward and backward, as
 torch counts them; and the bytes of what enters and leaves each layer, once forward and twice
-backward, in float32. A card's peak rates make a bound of these.
+backward. The longer of what both take at a card's peak rates bounds a step.
 """
 
 import argparse
-import os
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import measuring
-import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
@@ -39,6 +38,12 @@ BATCH = 5
 MEMORY_FORMATS = {
     "NCDHW": torch.contiguous_format,
     "channels last": torch.channels_last_3d,
+}
+BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}  # a value
+PEAKS = {  # tera-operations a second without sparsity, terabytes a second: NVIDIA's data sheets
+    "A100": ({"fp32": 19.5, "tf32": 156, "bf16": 312}, 2.0),
+    "H100": ({"fp32": 67, "tf32": 495, "bf16": 989}, 3.35),
+    "H200": ({"fp32": 67, "tf32": 495, "bf16": 989}, 4.8),
 }
 PASSES = 3  # through each layer: forward, its inputs' gradient, its weights' gradient
 N_STEPS = 3  # timed, after one that is not
@@ -70,7 +75,7 @@ def make_step(args: argparse.Namespace, precision: str, memory_format: str) -> C
 
 
 def count_work(args: argparse.Namespace) -> tuple[float, float]:
-    """Return a step's floating-point operations and the bytes that its layers read and write."""
+    """Return a step's floating-point operations and the values that its layers read and write."""
     with torch.device("meta"):
         model = models.build_model(args.model, tuple(args.shape))
         volumes = torch.rand(args.batch, 1, *args.shape)
@@ -85,18 +90,17 @@ def count_work(args: argparse.Namespace) -> tuple[float, float]:
             module.register_forward_hook(add)
     with FlopCounterMode(display=False) as counter:
         model(volumes).sum().backward()
-    return counter.get_total_flops(), PASSES * 4 * n_values
+    return counter.get_total_flops(), PASSES * n_values
 
 
-def write_cohort(folder: Path, shape: list[int], n_scans: int) -> dataset.Cohort:
-    """Write one random scan, link it n_scans times, and return the cohort of the links."""
-    scan_data = np.random.default_rng(0).random(shape, np.float32)
-    nib.save(nib.Nifti1Image(scan_data, np.eye(4)), folder / "scan.nii")
-    for index in range(n_scans):
-        os.link(folder / "scan.nii", folder / f"{index}.nii")
-    rows = [f"{index}.nii,{index % 2}\n" for index in range(n_scans)]
-    (folder / "data.csv").write_text("".join(rows))
-    return dataset.read_cohort(folder / "data.csv")
+def bound_s(device: str, precision: str, n_operations: float, n_values: float) -> float:
+    """Return what a step takes at a card's peak rates; NaN if these are not known."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    for card, (tera_operations, terabytes) in PEAKS.items():
+        if card in name:
+            n_bytes = BYTES[precision] * n_values
+            return max(n_operations / tera_operations[precision], n_bytes / terabytes) / 1e12
+    return math.nan
 
 
 def time_epochs(args: argparse.Namespace, precision: str) -> tuple[float, float]:
@@ -118,7 +122,7 @@ def time_epochs(args: argparse.Namespace, precision: str) -> tuple[float, float]
         return measuring.seconds(epoch, args.clock) / len(batches)
 
     with tempfile.TemporaryDirectory() as name:
-        cohort = write_cohort(Path(name), args.shape, n_scans)
+        cohort = dataset.read_cohort(measuring.write_cohort(Path(name), args.shape, n_scans))
         cache_folder = volume_cache.locate(cohort, Path(name), None)
         with volume_cache.opened(cohort, cache_folder, utils.N_WORKERS) as volumes:
             loader = loading.training_loader(
@@ -133,11 +137,16 @@ def time_epochs(args: argparse.Namespace, precision: str) -> tuple[float, float]
             return step_s(at_hand), step_s(loader)
 
 
+def percent(share: float) -> str:
+    """Return a share in percent, or a word where it is not known."""
+    return "unknown" if math.isnan(share) else f"{100 * share:.0f}"
+
+
 def main(args: argparse.Namespace) -> None:
     """Print the work and the tables."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    n_operations, n_bytes = count_work(args)
+    n_operations, n_values = count_work(args)
     precisions = devices.PRECISIONS if torch.device(args.device).type == "cuda" else ["fp32"]
     rows = []
     for precision in precisions:
@@ -150,17 +159,20 @@ def main(args: argparse.Namespace) -> None:
         f"{args.model}, {'×'.join(map(str, args.shape))}, {args.batch} scans a step, "
         f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         f"{', compiled' if args.compile else ''}; a step is {n_operations / 1e12:.2f} "
-        f"tera-operations on {n_bytes / 1e9:.1f} GB\n"
+        f"tera-operations on {BYTES['fp32'] * n_values / 1e9:.1f} GB of float32\n"
     )
     measuring.print_table(
-        ["precision", "memory format", "s a step", "× the first", "tera-operations a second"],
+        ["precision", "memory format", "s a step", "× the first", "tera-operations a second",
+         "% of the card's bound"],
         [[precision, memory_format, f"{step_s:.3g}", f"{rows[0][2] / step_s:.2f}",
-          f"{n_operations / step_s / 1e12:.3g}"] for precision, memory_format, step_s in rows],
+          f"{n_operations / step_s / 1e12:.3g}",
+          percent(bound_s(args.device, precision, n_operations, n_values) / step_s)]
+         for precision, memory_format, step_s in rows],
     )  # fmt: skip
     waiting = []
     for precision in precisions:
         alone_s, loaded_s = time_epochs(args, precision)
-        cells = f"{alone_s:.3g}", f"{loaded_s:.3g}", f"{100 * alone_s / loaded_s:.0f}"
+        cells = f"{alone_s:.3g}", f"{loaded_s:.3g}", percent(alone_s / loaded_s)
         waiting.append([precision, *cells])
     measuring.print_table(
         ["an epoch in", "s a step, volumes at hand", "s a step, from the file", "% busy"], waiting

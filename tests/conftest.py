@@ -62,6 +62,20 @@ def train_arguments(csv_path: Path, outpath: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def stop_at_call(n: int, function):
+    """Return a function that stands in for another and raises at its n-th call."""
+    n_calls = 0
+
+    def stand_in(*args, **kwargs):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == n:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return stand_in
+
+
 @pytest.fixture(scope="session")
 def cohort_csv(tmp_path_factory) -> Path:
     """Return the data.csv of the tiny cohort; tests must not change it or its scans."""

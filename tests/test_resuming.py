@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import N_FOLDS, N_SCANS, train_arguments, write_cohort
+from conftest import N_FOLDS, N_SCANS, stop_at_call, train_arguments, write_cohort
 
 import attribution
 import checkpoints
@@ -58,20 +58,6 @@ def svm_args(cohort_csv: Path, run_path: Path, outpath: Path, *more: str):
         ["--path", str(cohort_csv), "--modelpath", str(run_path), "--outpath", str(outpath),
          "--workers", "0", *more]
     )  # fmt: skip
-
-
-def stop_at_call(n: int, function):
-    """Return a function that stands in for another and raises at its n-th call."""
-    n_calls = 0
-
-    def stand_in(*args, **kwargs):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == n:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return stand_in
 
 
 # heatmap.py

@@ -118,6 +118,19 @@ def test_ones_own_files_stay(arguments, tmp_path, script):
     assert all((tmp_path / name).read_text() == "mine" for name in OWN_FILES[script])
 
 
+@pytest.mark.parametrize("script", [heatmap, svm])
+def test_ones_own_mean_scan_is_not_replaced(arguments, refusal, tmp_path, script):
+    """But for that of another run in the folder, which is the same."""
+    (tmp_path / "mean_scan.nii.gz").write_text("mine")
+    assert "replaced, and no " in (message := refusal(script, arguments(script, tmp_path)))
+    assert "mean_scan.nii.gz" in message
+    assert contents(tmp_path) == {"mean_scan.nii.gz": b"mine"}
+    script.main(arguments(script, tmp_path, "--overwrite"))
+    assert (tmp_path / "mean_scan.nii.gz").read_bytes() != b"mine"
+    if script is heatmap:
+        heatmap.main(arguments(heatmap, tmp_path, "--method", "GGC"))
+
+
 @pytest.mark.parametrize("script", [train_cv, svm])
 def test_ones_own_table_of_folds_is_not_replaced(arguments, refusal, run_path, tmp_path, script):
     """But for the very same table, as a run leaves it that is killed before its record."""

@@ -7,6 +7,7 @@ from torch import nn
 
 import attribution
 import convolution
+import devices
 import first_block
 import lrp_rules
 import utils
@@ -17,15 +18,15 @@ WIDTH = 2  # narrow networks of the published kernels and poolings: the same str
 SEEDS = {"A": 4, "B": 3, "C": 3, "D": 4, "T": 1}  # no map is empty
 
 
-def make_model(family: str, volumes: torch.Tensor) -> CNN3D:
+def make_model(family: str, volumes: torch.Tensor, width: int = WIDTH) -> CNN3D:
     """Return a network with the volumes' batch-norm statistics and weights of either sign."""
     torch.manual_seed(SEEDS[family])
     kernels, poolings, _ = FAMILIES[family]
-    model = CNN3D(ModelSpec(kernels, poolings, WIDTH), tuple(volumes.shape[2:]))
+    model = CNN3D(ModelSpec(kernels, poolings, width), tuple(volumes.shape[2:]))
     for module in [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]:
         module.momentum = 1.0
         module.bias.data.fill_(0.5)
-        module.weight.data = torch.tensor([1.2, -0.7])
+        module.weight.data = torch.tensor([1.2, -0.7] * width)[:width]
     with torch.no_grad():
         model.train()(volumes)
     return model.eval()
@@ -80,18 +81,73 @@ def test_other_layers_are_left_to_the_library(layer):
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [*((family, (0, 1, 3)) for family in FAMILIES), ("T", (2, 3, 0))]
+    ("family", "more"),  # every remainder of a division by the first pooling
+    [*((family, (0, 1, 2)) for family in FAMILIES), ("T", (2, 3, 0)), ("T", (0, 0, 0))],
 )
 def test_integrated_gradients(family, more):
     """Equal to captum's on the whole network; r ≥ 0.99999, within 10⁻³ of the maximum."""
     shape = shape_of(family, more)
-    volumes = make_volumes(1, shape)
+    targets = batch_of(family)
+    volumes = make_volumes(len(targets), shape)
     model = make_model(family, volumes)
-    assert first_block.first_block_of(model, volumes) is not None
+    assert first_block.has_first_block(model)
+    expected = plain.integrated_gradients(model, volumes, targets, 3, len(targets))
+    found = attribution.integrated_gradients(model, volumes, targets, n_steps=3)
+    assert_same_maps(found, expected, 1e-3)
+    assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] >= 0.99999
+
+
+@pytest.mark.parametrize("n_at_once", [1, 2**14])
+def test_winners_of_the_first_pooling_are_those_of_float64(n_at_once, monkeypatch):
+    """Rounding would have decided one of these windows otherwise, in every step."""
+    monkeypatch.setattr(first_block, "WINDOWS_AT_ONCE", n_at_once)
+    volumes = make_volumes(1, shape_of("C", (0, 1, 2)))
+    model = make_model("C", volumes)
+    _, found = first_block.first_block_of(model, volumes).pooled(volumes)
+    with monkeypatch.context() as without:
+        without.setattr(first_block, "NEAR", -1)
+        _, rounded = first_block.first_block_of(model, volumes).pooled(volumes)
+        exact_block = first_block.first_block_of(model.double(), volumes.double())
+        _, expected = exact_block.pooled(volumes.double())
+    assert int((rounded != expected).sum()) == 1, "choose other volumes"
+    assert torch.equal(found, expected)
+
+
+def test_ties_of_volumes_with_few_values_are_left_as_they_are(monkeypatch):
+    """There are too many, and they are real: any of the voxels may win."""
+    monkeypatch.setattr(first_block.FirstBlock, "_exact_winners", None)
+    volumes = make_volumes(1, (23, 25, 24)).round()
+    volumes[..., 6:20, 4:20, 3:22] = 1
+    model = make_model("T", volumes)
+    maps = attribution.integrated_gradients(model, volumes, 1, n_steps=3)
+    assert maps.any()
+
+
+@pytest.mark.parametrize("n_at_once", [2, 4])
+def test_integrated_gradients_take_channels_in_groups(n_at_once, monkeypatch):
+    """As networks of the published widths have them; the last group is smaller."""
+    monkeypatch.setattr(first_block, "CHANNELS_AT_ONCE", n_at_once)
+    volumes = make_volumes(1, (24, 23, 25))
+    model = make_model("T", volumes, width=5)
     expected = plain.integrated_gradients(model, volumes, 1, n_steps=3)
     found = attribution.integrated_gradients(model, volumes, 1, n_steps=3)
     assert_same_maps(found, expected, 1e-3)
-    assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] >= 0.99999
+
+
+def test_small_volumes_take_two_steps_a_pass(monkeypatch):
+    """The same map; at a batch of one, library kernels for small volumes are slow."""
+    volumes = make_volumes(1, (23, 25, 24))
+    model = make_model("T", volumes)
+    n_steps_a_pass = []
+    model.classifier[0].register_forward_pre_hook(
+        lambda _, inputs: n_steps_a_pass.append(len(inputs[0]))
+    )
+    two = attribution.integrated_gradients(model, volumes, 1, n_steps=6)
+    assert n_steps_a_pass[-3:] == [2, 2, 1]  # the step at zero was taken apart
+    monkeypatch.setattr(attribution, "SMALL_VOXELS", 0)
+    one = attribution.integrated_gradients(model, volumes, 1, n_steps=6)
+    assert n_steps_a_pass[-5:] == [1] * 5
+    assert_same_maps(two, one, 1e-5)
 
 
 def test_integrated_gradients_exactly_in_float64():
@@ -143,6 +199,20 @@ def changed(model: CNN3D, change: str) -> CNN3D:
     """Return a network that lacks what a shortcut needs."""
     if change == "padded pooling":
         model.features[3] = nn.MaxPool3d(2, stride=2, padding=1)
+    elif change == "overlapping pooling":
+        model.features[3] = nn.MaxPool3d(2, stride=1)
+    elif change == "pooling over the edge":
+        model.features[3] = nn.MaxPool3d(2, ceil_mode=True)
+    elif change == "flat pooling":
+        model.features[3] = nn.MaxPool3d((2, 1, 2))
+    elif change in ("stride", "dilation", "padding"):
+        model.features[0] = nn.Conv3d(1, WIDTH, 3, **{change: 2})
+    elif change == "no bias":
+        model.features[0] = nn.Conv3d(1, WIDTH, 3, bias=False)
+    elif change == "no statistics":
+        model.features[1] = nn.BatchNorm3d(WIDTH, track_running_stats=False)
+    elif change == "no scale":
+        model.features[1] = nn.BatchNorm3d(WIDTH, affine=False)
     elif change == "no batch norm":
         model.features[1] = nn.Identity()
     elif change == "other activation":
@@ -155,13 +225,22 @@ def changed(model: CNN3D, change: str) -> CNN3D:
         model.features = nn.Sequential(model.features[:4], model.features[4:])
     elif change == "other names":
         model = nn.Sequential(model.features, nn.Flatten(), model.classifier)
-    return model
+    return model.eval()
 
 
 @pytest.mark.parametrize(
     "change",
     [
         "padded pooling",
+        "overlapping pooling",
+        "pooling over the edge",
+        "flat pooling",
+        "stride",
+        "dilation",
+        "padding",
+        "no bias",
+        "no statistics",
+        "no scale",
         "no batch norm",
         "other activation",
         "something in between",
@@ -169,7 +248,7 @@ def changed(model: CNN3D, change: str) -> CNN3D:
     ],
 )
 def test_integrated_gradients_take_the_plain_way_where_the_structure_is_missing(change, caplog):
-    shape = (22, 24, 23)
+    shape = (42, 44, 47)
     volumes = make_volumes(1, shape)
     model = changed(make_model("T", volumes), change)
     model.classifier[0] = nn.Linear(model.features(volumes).numel(), 64)
@@ -211,3 +290,29 @@ def test_winners_and_masks_are_the_models_own(method):
     method(model, volumes, 1)
     handle.remove()
     assert len(seen) == 1 and torch.equal(seen[0], expected)
+
+
+def test_maps_are_made_in_exact_float32():
+    """Also where training rounds to TF32, which stays as it was."""
+    volumes = make_volumes(1, (22, 24, 23))
+    model = make_model("T", volumes)
+    kernels = torch.backends.cudnn.conv
+    during = []
+    model.features[0].register_forward_hook(lambda *_: during.append(kernels.fp32_precision))
+    devices.set_precision("tf32")
+    try:
+        for method in attribution.METHODS.values():
+            method(model, volumes, 1)
+            assert kernels.fp32_precision == "tf32"
+    finally:
+        devices.set_precision("fp32")
+    assert len(during) >= 3 and set(during) == {"ieee"}
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_lrp_refuses_other_padding_than_zeros(layer):
+    volumes = make_volumes(1, (26, 24, 25))
+    model = make_model("T", volumes)
+    model.features[layer].padding_mode = "circular"
+    with pytest.raises(TypeError, match=f"layer features.{layer} pads with other values"):
+        attribution.lrp(model, volumes, 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import N_FOLDS, N_SCANS, SHAPE, train_arguments
+from conftest import N_FOLDS, N_SCANS, SHAPE, stop_at_call, train_arguments
 from sklearn.metrics import roc_auc_score
 
 import checkpoints
@@ -146,6 +146,17 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert not (tmp_path / "metrics.csv").exists()
     train(cohort_csv, tmp_path)
     assert contents(tmp_path) == contents(run_path)
+
+
+def test_an_interrupted_bf16_run_goes_on(cohort_csv, tmp_path, monkeypatch):
+    """Moments and weights are float32 in between, too."""
+    args = ("--precision", "bf16")
+    train(cohort_csv, tmp_path / "whole", *args)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_cv, "log_epoch", stop_at_call(2, train_cv.log_epoch))
+        train(cohort_csv, tmp_path / "parts", *args)
+    train(cohort_csv, tmp_path / "parts", *args)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_a_finished_run_is_not_trained_again(run_path, cohort_csv, tmp_path, monkeypatch):

@@ -13,10 +13,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import N_FOLDS, N_SCANS, SHAPE, make_volume, save_scan, train_arguments, write_cohort
 from test_train_cv import contents
 
 import dataset
+import loading
 import scan_files
 import svm
 import train_cv
@@ -24,6 +26,7 @@ import utils
 import volume_cache
 import volume_file
 from errors import RunError
+from teams import Team
 
 PROCESSES = multiprocessing.get_context("fork")  # real ones, without the seconds of importing torch
 load_volume = scan_files.load_volume
@@ -398,6 +401,85 @@ def test_only_what_is_missing_needs_room(cohort, folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     volume_cache.check_room(cohort, folder)
+
+
+def test_decoding_anew_needs_no_room_of_its_own(cohort, folder, monkeypatch):
+    """The file is as large as it will be when scans were copied once more, with new times."""
+    with volume_cache.opened(cohort, folder, 0):
+        pass
+    for file in cohort.table["file"]:
+        os.utime(file, (1, 1))
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    volume_cache.check_room(cohort, folder)
+
+
+def test_a_disk_that_is_full_midway_is_said_with_the_room_that_is_needed(
+    cohort, folder, monkeypatch
+):
+    """The index does not fit any more either."""
+    decode_row, save_index = volume_file.Decoder.__getitem__, volume_file.save_index
+
+    def fill_disk(decoder, row):
+        if row < 3:
+            return decode_row(decoder, row)
+        decoder.path = Path("/dev/full")
+        monkeypatch.setattr(volume_file, "save_index", refuse)
+        return decode_row(decoder, row)
+
+    def refuse(*_):
+        raise RunError("index.npy cannot be written")
+
+    monkeypatch.setattr(volume_file.Decoder, "__getitem__", fill_disk)
+    with (
+        pytest.raises(RunError, match=r"the disk is full: up to [\d.]+ MB are needed"),
+        volume_cache.opened(cohort, folder, 0),
+    ):
+        pass
+    monkeypatch.setattr(volume_file, "save_index", save_index)
+    monkeypatch.setattr(volume_file.Decoder, "__getitem__", decode_row)
+    with volume_cache.opened(cohort, folder, 0) as volumes:
+        assert volumes[7].max() == 1
+
+
+def test_somebody_elses_cache(cohort, folder, monkeypatch):
+    """Said in one sentence, and left."""
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text("")
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(RunError, match=r"Permission denied\): give another --cache-dir"),
+        volume_cache.opened(cohort, folder, 0),
+    ):
+        pass
+    volume_cache.remove(folder)
+    assert (folder / "lock").exists()
+
+
+def test_a_run_without_cache_leaves_the_cache(cohort_csv, tmp_path):
+    cache_dir = tmp_path / "cache"
+    cohort = dataset.read_cohort(cohort_csv)
+    with volume_cache.opened(cohort, volume_cache.locate(cohort, tmp_path, cache_dir), 0):
+        pass
+    assert train(cohort_csv, tmp_path / "out", "--cache-dir", str(cache_dir), "--no-cache") == 0
+    assert caches_below(cache_dir)
+
+
+def test_reading_processes_hand_on_decoded_scans(cohort, folder):
+    """As they do for a GPU; for a CPU the main process reads."""
+    rows = np.arange(8)
+    with volume_cache.opened(cohort, folder, 0) as volumes:
+        scans = dataset.ScanDataset(cohort.table, rows, volumes)
+        loader = loading.training_loader(scans, 3, False, 2, SHAPE, torch.device("meta"), Team())
+        batches = list(loading.batches(loader))
+        assert loader.num_workers == 2
+        assert torch.cat([batch[2] for batch in batches]).tolist() == rows.tolist()
+        found = torch.cat([batch[0] for batch in batches])[:, 0]
+        assert all(np.array_equal(found[row], volumes[row]) for row in rows)
 
 
 def test_a_full_disk_stops_the_run(cohort, tmp_path):
