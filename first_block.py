@@ -73,15 +73,10 @@ class FirstBlock:
         for weight, exact_weight in zip(*weights, strict=True):
             scaled = functional.conv3d(volume, weight)
             values, winners = functional.max_pool3d(scaled, self.pooling, return_indices=True)
-            others = scaled.contiguous()
-            others.flatten(2).scatter_(2, winners.flatten(2), -torch.inf)
-            lead = values - functional.max_pool3d(others, self.pooling)
             most = largest * weight.abs().sum((1, 2, 3, 4)).view(1, -1, 1, 1, 1)
-            near = ((lead <= NEAR * most) & (values != 0)).nonzero()  # at 0 they are background
-            if 0 < len(near) <= MOST_NEAR * lead.numel():
-                for windows in near.split(WINDOWS_AT_ONCE):
-                    exact = self._exact_winners(volume, exact_weight, windows)
-                    winners[tuple(windows.T)] = exact
+            for windows in _near_ties(scaled, values, winners, NEAR * most, self.pooling):
+                exact = self._exact_winners(volume, exact_weight, windows)
+                winners[tuple(windows.T)] = exact
             parts.append((values, winners))
         pooled, winners = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return channels_last(pooled), winners
@@ -158,6 +153,22 @@ class FirstBlock:
         unpooled = unpooled.permute(0, 4, 1, 2, 3)
         unpooled[(..., *firsts)] += first_gradient
         return unpooled
+
+
+def _near_ties(
+    scaled: Tensor, values: Tensor, winners: Tensor, tolerance: Tensor, pooling: int
+) -> tuple[Tensor, ...]:
+    """Return the windows whose second voxel is near the first, in parts of shape (n, 5).
+
+    What is pooled, `scaled`, is used up.
+    """
+    others = scaled.contiguous()
+    others.flatten(2).scatter_(2, winners.flatten(2), -torch.inf)
+    lead = values - functional.max_pool3d(others, pooling)
+    near = ((lead <= tolerance) & (values != 0)).nonzero()  # where they are 0 is background
+    if len(near) > MOST_NEAR * values.numel():
+        return ()
+    return near.split(WINDOWS_AT_ONCE) if len(near) else ()
 
 
 def _places(axes: Iterable[Tensor], sides: Sequence[int]) -> Tensor:
