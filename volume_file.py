@@ -67,7 +67,7 @@ def bytes_allocated(folder: Path) -> int:
     """Return how much of a disk a folder's volumes take already, whatever they hold."""
     try:
         return 512 * (folder / "volumes.f32").stat().st_blocks
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 
