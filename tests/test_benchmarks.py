@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--model", "modelT8", "--shape", "22", "24", "23", "--pairs", "1", "--threads", "1")
+TINY = ("--model", "modelT8", "--shape", "30", "28", "31", "--pairs", "1", "--threads", "1")
 CASES = {
     "attribution_ggc.py": TINY,
     "attribution_ig.py": (*TINY, "--steps", "3"),
