@@ -277,10 +277,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     mine, team = teams.assign_folds(training_run.wanted_folds(args), todo)
     if mine:
-        with (
-            utils.log_above_bars(),
-            training_run.open_cache(args, cohort, cache_folder) as cached,
-        ):
+        with utils.log_above_bars(), training_run.open_cache(args, cohort, cache_folder) as cached:
             for fold in utils.progress(mine, "folds"):
                 with training_run.only_worker(args, record, fold, team) as is_unfinished:
                     if is_unfinished:
@@ -288,9 +285,7 @@ def main(args: argparse.Namespace) -> None:
                         train_fold(args, cohort, parts, fold, device, cached, team)
 
     ranks.wait_for_all()
-    if (
-        args.cache_dir is not None and not args.no_cache
-    ):  # below --outpath it stays until all folds are done
+    if args.cache_dir and not args.no_cache:  # below --outpath it stays until all folds are done
         volume_cache.remove(cache_folder)
     if ranks.is_first():
         training_run.finish(args, cohort, record)
