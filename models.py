@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import nn
 
-from errors import InputError
+from utils import InputError
 
 N_CLASSES = 2
 HIDDEN_UNITS = 64
@@ -17,17 +17,7 @@ DEMO_WIDTHS = (8, 16)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What distinguishes one variant: one convolution kernel and one pooling per block.
-
-    Attributes
-    ----------
-    kernels : tuple of int
-        Side of each block's cubic convolution kernel, in voxels.
-    poolings : tuple of int
-        Side and stride of each block's max-pooling, in voxels.
-    width : int
-        Output channels of every convolution.
-    """
+    """One variant: side of each block's convolution kernel and pooling in voxels, and the width."""
 
     kernels: tuple[int, ...]
     poolings: tuple[int, ...]
@@ -69,11 +59,7 @@ MODELS = {
 class CNN3D(nn.Module):
     """Convolutional blocks (`features`) followed by two linear layers (`classifier`).
 
-    Parameters
-    ----------
-    spec : ModelSpec
-    volume_shape : tuple of int, (D, H, W)
-        Shape of the volumes in voxels; it fixes the size of the first linear layer.
+    The shape of the volumes, in voxels, fixes the size of the first linear layer.
 
     References
     ----------
@@ -104,6 +90,10 @@ class CNN3D(nn.Module):
         """Return logits of shape (N, 2) for volumes of shape (N, 1, D, H, W)."""
         return self.classifier(torch.flatten(self.features(volumes), 1))
 
+    def after(self, index: int) -> nn.Sequential:
+        """Return the network from feature `index` on; its layers are shared, not copied."""
+        return nn.Sequential(*self.features[index:], nn.Flatten(1), *self.classifier)
+
 
 def build_model(name: str, volume_shape: tuple[int, int, int]) -> CNN3D:
     """Build a freshly initialised network.
@@ -114,11 +104,6 @@ def build_model(name: str, volume_shape: tuple[int, int, int]) -> CNN3D:
         A key of `MODELS`, such as "modelA24".
     volume_shape : tuple of int, (D, H, W)
         Shape of the volumes in voxels.
-
-    Returns
-    -------
-    CNN3D
-        Its state-dict keys are those of the published checkpoints.
 
     Raises
     ------

@@ -5,8 +5,8 @@
 
 Scans are random float32 inside a ball on zero background, as .nii.gz. Epochs of both ways take
 turns, with what the system keeps of files in memory and without; the table has the median epoch. An
-epoch of ours is that of train_cv.py on a CPU: the file of scaled volumes, shuffled, in batches of
-five. Its first epoch decodes all scans before.
+epoch of ours is that of train_cv.py on a CPU: from the folder of decoded scans, in batches of five.
+Its first epoch decodes all scans before.
 """
 
 import argparse
@@ -21,38 +21,22 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
 
+sys.path.pop(0)  # this folder: some scripts have names of packages
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dataset
-import loading
 import utils
-import volume_cache
-import volume_file
-from teams import Team
+from benchmarks import measuring
+from train_cv import BATCH
 
-BATCH = 5
 WAYS = {
     "plain": "nibabel.load(file).get_fdata()",
     "first": "first epoch, decoding",
     "later": "later epochs",
 }
 QUICK_SHAPE, FULL_SHAPE = (97, 115, 97), (193, 229, 193)
-
-
-def write_cohort(folder: Path, shape: tuple[int, int, int], n_scans: int) -> dataset.Cohort:
-    """Write scans of which nothing but the background compresses well; return their cohort."""
-    rng = np.random.default_rng(0)
-    sides = [np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in shape]
-    is_head = np.add.outer(np.add.outer(*sides[:2]), sides[2]) < 0.6
-    for index in range(n_scans):
-        scan_data = is_head * (1 + 0.1 * rng.standard_normal(shape, dtype=np.float32))
-        nib.save(nib.Nifti1Image(scan_data, np.eye(4)), folder / f"{index}.nii.gz")
-    rows = {"path": [f"{index}.nii.gz" for index in range(n_scans)]}
-    pd.DataFrame(rows | {"label": np.arange(n_scans) % 2}).to_csv(folder / "data.csv", index=False)
-    return dataset.read_cohort(folder / "data.csv")
 
 
 def per_second(epoch: Callable, n_scans: int) -> float:
@@ -63,38 +47,31 @@ def per_second(epoch: Callable, n_scans: int) -> float:
 
 
 def measure(shape: tuple[int, int, int], n_scans: int, n_epochs: int, n_workers: int) -> dict:
-    """Return volumes per second of each way."""
+    """Return volumes per second of each way, by what they are read from."""
     with tempfile.TemporaryDirectory() as name:
-        cohort = write_cohort(Path(name), shape, n_scans)
-        folder = volume_cache.locate(cohort, Path(name), None)
+        csv_path = measuring.write_cohort(Path(name), shape, n_scans, n_scans, ".nii.gz")
+        cohort = dataset.read_cohort(csv_path)
+        volumes = cohort.volumes(Path(name) / "cache", n_workers)
+        rows = utils.shuffled(np.arange(n_scans), 0)
 
         def plain() -> None:
-            for file in cohort.table["file"]:
-                nib.load(file).get_fdata()
+            for scan in cohort.scans:
+                nib.load(scan).get_fdata()
 
-        def ours(volumes: volume_file.Volumes) -> None:
-            scans = dataset.ScanDataset(cohort.table, np.arange(n_scans), volumes)
-            loader = loading.training_loader(
-                scans, BATCH, True, 0, shape, torch.device("cpu"), Team()
-            )
-            loader.batch_sampler.seed(0)
-            for batch, _, _ in loader:
+        def ours() -> None:
+            volumes.fill()
+            for batch, _ in volumes.batches(rows, BATCH, torch.device("cpu")):
                 assert batch.dtype == torch.float32
 
-        def first() -> None:
-            with volume_cache.opened(cohort, folder, n_workers) as volumes:
-                ours(volumes)
-
-        scan_files = [Path(file) for file in cohort.table["file"]]
-        forget(scan_files)
-        rates = {("first", "disk"): [per_second(first, n_scans)]}
-        with volume_cache.opened(cohort, folder, n_workers) as volumes:
-            ways = {"plain": plain, "later": lambda: ours(volumes)}
-            for _ in range(n_epochs):
-                for place, (way, epoch) in itertools.product(("disk", "memory"), ways.items()):
-                    if place == "disk":
-                        forget([*scan_files, volumes.path])
-                    rates.setdefault((way, place), []).append(per_second(epoch, n_scans))
+        scan_paths = [Path(scan) for scan in cohort.scans]
+        forget(scan_paths)
+        rates = {("first", "disk"): [per_second(ours, n_scans)]}
+        ways = {"plain": plain, "later": ours}
+        for _ in range(n_epochs):
+            for place, (way, epoch) in itertools.product(("disk", "memory"), ways.items()):
+                if place == "disk":
+                    forget([*scan_paths, *volumes.paths])
+                rates.setdefault((way, place), []).append(per_second(epoch, n_scans))
     return {key: statistics.median(values) for key, values in rates.items()}
 
 
@@ -111,12 +88,12 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     shape = FULL_SHAPE if args.full else QUICK_SHAPE
     found = measure(shape, args.n, args.epochs, args.workers)
-    print(
-        f"{args.n} float32 .nii.gz of {'×'.join(map(str, shape))} voxels, torch {torch.__version__}"
-    )
-    print("\n| way | read from | volumes per second | × get_fdata |\n|---|---|---|---|")
-    for (way, place), rate in found.items():
-        print(f"| {WAYS[way]} | {place} | {rate:.1f} | {rate / found['plain', place]:.1f} |")
+    print(f"{args.n} float32 .nii.gz of {'×'.join(map(str, shape))} voxels\n")
+    rows = [
+        [WAYS[way], place, f"{rate:.1f}", f"{rate / found['plain', place]:.1f}"]
+        for (way, place), rate in found.items()
+    ]
+    measuring.print_table(["way", "read from", "volumes per second", "× get_fdata"], rows)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,17 +1,7 @@
-"""What the benchmarks share: their options, a case, times in forward passes, peak memory, a table.
-
-The unit is one forward pass (eval, no gradient). In each pair a forward pass, the plain way and
-ours run in turn in one process; figures are medians over the pairs. Peak memory is what one run
-adds to the idle process, measured in a fresh process each.
-"""
+"""What the benchmarks share: their options, a network and a volume, time, peak memory, a table."""
 
 import argparse
-import functools
 import multiprocessing
-import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,14 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import devices
 import models
-
-Work = Callable[..., Tensor]
-
-ROOT = Path(__file__).parent.parent
+import utils
 
 QUICK = {"model": "modelA24", "shape": [110, 112, 111], "pairs": 2}  # its smallest side is 110
 FULL = {"model": "modelA24", "shape": [193, 229, 193], "pairs": 1}  # the paper's
@@ -42,7 +26,7 @@ KIB_PER_GIB = 2**20
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have."""
+    """Return a parser with the options that benchmarks of networks have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +47,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what it leaves out is quick, or the paper's with --full."""
     args = parser.parse_args(argv)
-    device = devices.select_device(args.device)
+    device = utils.find_device(args.device)
     args.device = str(device)
     if device.type == "cuda" and args.clock != "wall":
         parser.error("--clock processor does not see what a GPU does")
@@ -79,8 +63,8 @@ def make_case(args: argparse.Namespace, seed: int = SEED) -> tuple[nn.Module, Te
     """Return a network and a volume with zero background, as skull-stripped scans have."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = devices.select_device(args.device)
-    devices.set_precision("fp32")  # for forward passes too
+    device = utils.find_device(args.device)
+    utils.set_precision("fp32")  # for forward passes too
     torch.manual_seed(seed)
     model = models.build_model(args.model, tuple(args.shape)).eval().requires_grad_(False)
     for module in model.modules():
@@ -93,6 +77,26 @@ def make_case(args: argparse.Namespace, seed: int = SEED) -> tuple[nn.Module, Te
     return model.to(device), volume.to(device)
 
 
+def write_cohort(
+    folder: Path, shape: Sequence[int], n_scans: int, n_files: int = 1, suffix: str = ".nii"
+) -> Path:
+    """Write random balls on zero background, repeated by links, and their CSV; return that."""
+    rng = np.random.default_rng(0)
+    sides = [np.linspace(-1, 1, side, dtype=np.float32) ** 2 for side in shape]
+    is_head = np.add.outer(np.add.outer(*sides[:2]), sides[2]) < 0.6
+    rows = []
+    for index in range(n_scans):
+        path = folder / f"{index:05d}{suffix}"
+        if index < n_files:
+            scan_data = is_head * (1 + 0.1 * rng.standard_normal(shape, dtype=np.float32))
+            nib.save(nib.Nifti1Image(scan_data, np.eye(4)), path)
+        else:
+            path.hardlink_to(folder / f"{index % n_files:05d}{suffix}")
+        rows.append(f"{path.name},{index % 2}\n")
+    (folder / "data.csv").write_text("".join(rows))
+    return folder / "data.csv"
+
+
 def seconds(work: Callable[[], object], clock: str) -> float:
     """Return how long one call takes, until the device is done."""
     # Timer.timeit would call it twice more to warm up, and some calls take an hour
@@ -103,7 +107,7 @@ def seconds(work: Callable[[], object], clock: str) -> float:
 
 
 def most_resident_gib() -> float:
-    """Return the most memory in GiB that this process held since `forget_peak`; Linux tells.
+    """Return the most memory in GiB that this process held since its peak was reset; Linux tells.
 
     getrusage would not do: a fresh process starts with the peak of the one that began it.
     """
@@ -112,32 +116,17 @@ def most_resident_gib() -> float:
     return int(kib) / KIB_PER_GIB
 
 
-def forget_peak() -> None:
-    """Set the peak to the memory that the process holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def as_they_are(model: nn.Module, volume: Tensor) -> tuple:
-    """Return what most ways start from."""
-    return model, volume
-
-
-def added_gib(device: str, work: Work, *case) -> float:
-    """Return the memory in GiB that a piece of work adds to this process."""
+def added_gib(device: str, work: Callable[[], object]) -> float:
+    """Return the memory in GiB that a piece of work adds to this process at its peak."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         idle = torch.cuda.memory_allocated(device)
-        work(*case)
+        work()
         return (torch.cuda.max_memory_allocated(device) - idle) / GIB
-    forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     idle_gib = most_resident_gib()
-    work(*case)
+    work()
     return most_resident_gib() - idle_gib
-
-
-def measure_peak(args: argparse.Namespace, work: Work, prepare: Callable) -> float:
-    """Make a case in a fresh process and return the memory in GiB that a piece of work adds."""
-    return added_gib(args.device, work, *prepare(*make_case(args)))
 
 
 def in_fresh_process(function: Callable, *arguments):
@@ -146,97 +135,11 @@ def in_fresh_process(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def write_cohort(folder: Path, shape: Sequence[int], n_scans: int) -> Path:
-    """Write one random scan, link it n_scans times, and list the links; return the CSV."""
-    data = np.random.default_rng(0).random(shape, dtype=np.float32)
-    nib.save(nib.Nifti1Image(data, np.eye(4)), folder / "scan.nii")
-    for index in range(n_scans):
-        os.link(folder / "scan.nii", folder / f"{index:05d}.nii")
-    rows = "".join(f"{index:05d}.nii,{index // 2 % 2},s{index // 2}\n" for index in range(n_scans))
-    (folder / "data.csv").write_text(rows)
-    return folder / "data.csv"
-
-
-def run_script(*command: object, threads: int | None = None) -> float:
-    """Run a script of this suite with its options; return its seconds of wall time."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(done.stderr)
-    return time.perf_counter() - start
-
-
-def differences(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return the largest difference over the expected map's maximum, and 1 − r."""
-    found, expected = found.double().flatten(), expected.double().flatten()
-    largest = float((found - expected).abs().max() / expected.abs().max())
-    return largest, 1 - float(torch.corrcoef(torch.stack([found, expected]))[0, 1])
-
-
-def compare(
-    args: argparse.Namespace,
-    name: str,
-    ways: tuple[Work, Work],
-    brief_ways: tuple[Work, Work] | None = None,
-    prepare: Callable[[nn.Module, Tensor], tuple] = as_they_are,
-) -> None:
-    """Print a table of the plain way and ours.
-
-    Parameters
-    ----------
-    args : Namespace
-    name : str
-        Of the work.
-    ways : tuple of two callables
-        The plain way and ours, from what is prepared to a map.
-    brief_ways : tuple of two callables, optional
-        Shorter ones that need as much memory.
-    prepare : callable
-        From a model and a volume to the arguments of the ways; not measured.
-    """
-    model, volume = make_case(args)
-    case = prepare(model, volume)
-    maps: dict[Work, Tensor] = {}
-
-    @torch.no_grad()
-    def forward():
-        return model(volume)
-
-    def run(work: Work):
-        maps[work] = work(*case).detach()
-
-    works = [forward, *(functools.partial(run, work) for work in ways)]
-    forward()
-    for work in works[1:] if torch.device(args.device).type == "cuda" else []:
-        work()  # a GPU's libraries choose their kernels in the first call
-    rows = [[seconds(work, args.clock) for work in works] for _ in range(args.pairs)]
-    unit_s, _, ours_s = (statistics.median(column) for column in zip(*rows, strict=True))
-    in_units = [statistics.median(row[column] / row[0] for row in rows) for column in (1, 2)]
-    ratio = statistics.median(row[1] / row[2] for row in rows)
-    expected, found = (maps[work] for work in ways)
-    difference, one_minus_r = differences(found, expected)
-    peaks = [in_fresh_process(measure_peak, args, work, prepare) for work in brief_ways or ways]
-    print_conditions(args, unit_s)
-    print_table(
-        ["in forward passes", "plain", "ours", "ratio", "ours, s", "peak GiB, plain",
-         "peak GiB, ours", "largest difference / maximum", "1 − r"],
-        [[name, *(f"{units:.1f}" for units in in_units), f"{ratio:.1f}", f"{ours_s:.3g}",
-          *(f"{peak:.2f}" for peak in peaks), f"{difference:.0e}", f"{one_minus_r:.0e}"]],
-    )  # fmt: skip
-
-
-def print_conditions(args: argparse.Namespace, unit_s: float) -> None:
-    """Print what a table was measured with."""
-    print(
-        f"{args.model}, {'×'.join(map(str, args.shape))}, {args.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"pairs: {args.pairs}, {args.clock} time; "
-        f"one forward pass {unit_s:.3g} s\n"
-    )
+def conditions(args: argparse.Namespace) -> str:
+    """Return what a table was measured with."""
+    shape = "×".join(map(str, args.shape))
+    threads = args.threads or torch.get_num_threads()
+    return f"{args.model}, {shape}, {args.device}, {threads} threads, torch {torch.__version__}"
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

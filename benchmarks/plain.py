@@ -119,6 +119,4 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target) -> Tensor:
         return method.attribute(volume.clone(), **options).detach()
 
 
-def input_gradient(weight: Tensor, outputs: Tensor, shape: torch.Size) -> Tensor:
-    """The library's own gradient of a convolution with respect to its inputs."""
-    return torch.nn.grad.conv3d_input(shape, weight, outputs)
+METHODS = {"LRP": lrp, "IG": integrated_gradients, "GGC": guided_gradcam}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models
-from errors import InputError
+from utils import InputError
 
 PAPER_SHAPE = (193, 229, 193)
 FLAT_FEATURES_AT_WIDTH_24 = {"A": 864, "B": 1920, "C": 1920, "D": 1920}
@@ -69,3 +69,12 @@ def test_unknown_name_lists_the_names():
 def test_too_small_volume_points_to_the_small_model():
     with pytest.raises(InputError, match=r"49×58×49 .*at least 110.*modelT8 takes 22"):
         models.build_model("modelA24", (49, 58, 49))
+
+
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_after_is_the_rest_of_the_network(index):
+    model = models.build_model("modelT8", (22, 23, 24)).eval()
+    volumes = torch.rand(2, 1, 22, 23, 24)
+    with torch.no_grad():
+        rest = model.after(index)(model.features[:index](volumes))
+        assert torch.equal(rest, model(volumes))

@@ -1,39 +1,76 @@
 """Layer-wise relevance propagation in one pass of captum: β-rule, identity, winner takes all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from captum.attr import LRP
 from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
 
-from convolution import Bypass, Propagate, channels_last, is_plain, linear_sums, transposed_sums
+from attribution.convolution import Bypass, Propagate, channels_last, sums, transposed_sums
+from attribution.unmodified import attribute_on
 
+BETA = 0.5
 STABILIZER = 1e-6  # added to a denominator with the denominator's own sign
-SLAB = 2**23  # neurons of a convolution taken at a time: bounds the memory
+SLAB_NEURONS = 2**23  # of a convolution taken at a time: bounds the memory
 
 
-def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: float) -> Tensor:
-    """Propagate relevance from a layer's outputs to its inputs by the β-rule.
+def lrp(
+    model: nn.Module,
+    volume: Tensor,
+    target: int | Tensor,
+    beta: float = BETA,
+    slab_neurons: int = SLAB_NEURONS,
+) -> Tensor:
+    """Layer-wise relevance propagation with the β-rule.
 
     Parameters
     ----------
-    layer : Conv3d or Linear
-    inputs : Tensor, shape (N, …)
-        The layer's inputs a_i.
-    relevance : Tensor, shape of the layer's outputs
+    model : Module
+        See `unmodified.check_network`.
+    volume : Tensor, shape (N, 1, D, H, W), float32
+    target : int or int64 Tensor of shape (N,)
     beta : float
-        R_i = Σ_j [(1+β)·max(z_ij, 0)/z⁺_j − β·min(z_ij, 0)/z⁻_j]·R_j with z_ij = a_i·w_ij.
+    slab_neurons : int
+        How many neurons of a convolution are taken at a time; it changes the memory only.
 
     Returns
     -------
-    Tensor, shape of inputs
-        It sums to the relevance of the neurons with any input, up to the stabilizer: a neuron j
-        with only one kind of input gives that kind weight 1.
+    Tensor, shape (N, 1, D, H, W), float32
+        Relevance per voxel. Each volume's map sums to the logit of its target, within 1 %, less
+        the relevance of neurons that see nothing but zeros, such as those in the background of a
+        skull-stripped scan: they drop it.
+
+    Raises
+    ------
+    TypeError, FloatingPointError
+        If the model is of another kind; if a map or a logit is NaN or infinite.
 
     References
     ----------
     Bach et al., PLOS ONE 10(7):e0130140, 2015, doi:10.1371/journal.pone.0130140
+    """
+
+    def attribute() -> Tensor:
+        for layer in (*model.features, *model.classifier):
+            layer.rule = RULES[type(layer)](beta, slab_neurons)
+        return OnePassLRP(model).attribute(volume.detach().clone(), target=target)
+
+    return attribute_on(model, attribute)
+
+
+def beta_relevance(
+    layer: nn.Module,
+    inputs: Tensor,
+    relevance: Tensor,
+    beta: float,
+    slab_neurons: int = SLAB_NEURONS,
+) -> Tensor:
+    """Propagate relevance from a Conv3d's or Linear's outputs to its inputs a_i by the β-rule.
+
+    R_i = Σ_j [(1+β)·max(z_ij, 0)/z⁺_j − β·min(z_ij, 0)/z⁻_j]·R_j with z_ij = a_i·w_ij. A neuron j
+    with only one kind of input gives that kind weight 1, so the sum of relevance is kept, up to the
+    stabilizer, but for neurons without any input.
     """
     if isinstance(layer, nn.Conv3d):
         inputs, relevance = channels_last(inputs), channels_last(relevance)
@@ -44,7 +81,7 @@ def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: fl
         below, above = inputs.clamp(max=0), inputs.clamp(min=0)
         kinds = [(above, positive, negative), (below, negative, positive)]
     result = torch.zeros_like(inputs)
-    for of_outputs, of_inputs in _slabs(layer, relevance):
+    for of_outputs, of_inputs in _slabs(layer, relevance, slab_neurons):
         parts = [(part[of_inputs], agreeing, opposing) for part, agreeing, opposing in kinds]
         shares = _shares(layer, parts, relevance[of_outputs], beta)
         for part, *weights in parts:
@@ -55,8 +92,8 @@ def beta_relevance(layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: fl
 
 def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return what each neuron sends back per unit of z⁺ and of z⁻."""
-    z_positive = sum(linear_sums(layer, part, agreeing) for part, agreeing, _ in parts)
-    z_negative = sum(linear_sums(layer, part, opposing) for part, _, opposing in parts)
+    z_positive = sum(sums(layer, part, agreeing) for part, agreeing, _ in parts)
+    z_negative = sum(sums(layer, part, opposing) for part, _, opposing in parts)
     no_positive, no_negative = z_positive == 0, z_negative == 0
     share_positive = torch.where(no_negative, relevance, (1 + beta) * relevance)
     share_positive.div_(z_positive.add_(STABILIZER)).masked_fill_(no_positive, 0)
@@ -65,42 +102,33 @@ def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> tu
     return share_positive, share_negative
 
 
-def _slabs(layer: nn.Module, outputs: Tensor) -> Iterator[tuple]:
+def _slabs(layer: nn.Module, outputs: Tensor, slab_neurons: int) -> Iterator[tuple]:
     """Cut a layer's outputs into slabs; yield the indices of each and of the inputs it sees."""
-    if not is_plain(layer):
+    if isinstance(layer, nn.Linear):
         yield ..., ...
         return
     n_planes, all_of = outputs.shape[2], slice(None)
-    thickness = max(1, SLAB // outputs[:, :, 0].numel())
+    thickness = max(1, slab_neurons // outputs[:, :, 0].numel())
     for first in range(0, n_planes, thickness):
         last = min(first + thickness, n_planes)
         seen = slice(first, last + layer.kernel_size[0] - 1)
         yield (all_of, all_of, slice(first, last)), (all_of, all_of, seen)
 
 
-class _Rule(PropagationRule):
-    """A captum rule that takes a layer's place on the way back and never touches its weights."""
+class Rule(PropagationRule):
+    """Leave the layer, and its weights, alone: the gradient of max-pooling is winner takes all."""
+
+    def __init__(self, beta: float, slab_neurons: int):
+        self.beta, self.slab_neurons = beta, slab_neurons
 
     def _manipulate_weights(self, module, inputs, outputs):
         """Leave the weights as they are."""
 
-
-class BetaRule(_Rule):
-    """The β-rule as a captum propagation rule for Conv3d and Linear; see `beta_relevance`."""
-
-    def __init__(self, beta: float):
-        self.beta = beta
-
     def forward_hook(self, module, inputs, outputs):
-        """Cut the layer out of the gradient's way and put the rule in its place."""
-
-        def propagate(layer_inputs, relevance):
-            return beta_relevance(module, layer_inputs, relevance, self.beta)
-
-        return Propagate.apply(inputs[0], outputs.detach(), propagate)
+        """Leave the layer in the gradient's way."""
 
 
-class IdentityRule(_Rule):
+class IdentityRule(Rule):
     """Pass relevance through unchanged, for layers with one output per input."""
 
     def forward_hook(self, module, inputs, outputs):
@@ -108,20 +136,25 @@ class IdentityRule(_Rule):
         return Bypass.apply(inputs[0], outputs.detach())
 
 
-class WinnerTakesAllRule(_Rule):
-    """Give a pooling window's relevance to its largest voxel: the gradient of max-pooling."""
+class BetaRule(Rule):
+    """The β-rule as a captum propagation rule for Conv3d and Linear; see `beta_relevance`."""
 
     def forward_hook(self, module, inputs, outputs):
-        """Leave the layer in the gradient's way."""
+        """Cut the layer out of the gradient's way and put the rule in its place."""
+
+        def propagate(layer_inputs, relevance):
+            return beta_relevance(module, layer_inputs, relevance, self.beta, self.slab_neurons)
+
+        return Propagate.apply(inputs[0], outputs.detach(), propagate)
 
 
-RULES: dict[type, Callable[[float], PropagationRule]] = {
+RULES = {
     nn.Conv3d: BetaRule,
     nn.Linear: BetaRule,
-    nn.BatchNorm3d: lambda beta: IdentityRule(),
-    nn.ReLU: lambda beta: IdentityRule(),
-    nn.Dropout: lambda beta: IdentityRule(),
-    nn.MaxPool3d: lambda beta: WinnerTakesAllRule(),
+    nn.BatchNorm3d: IdentityRule,
+    nn.ReLU: IdentityRule,
+    nn.Dropout: IdentityRule,
+    nn.MaxPool3d: Rule,
 }
 
 

@@ -1,4 +1,7 @@
-"""Sums over a layer's inputs and outputs, and what makes 3D convolutions of volumes fast."""
+"""Sums over a layer's inputs and outputs, and what makes 3D convolutions of volumes fast.
+
+All convolutions here have stride 1 and no padding.
+"""
 
 import itertools
 from math import prod
@@ -8,16 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from utils import say_once
-
 # a 2×2×4 block of voxels fills the 16 lanes of a vector register
 BLOCK = (2, 2, 4)
-
-
-def _alias(outputs: Tensor) -> Tensor:
-    """Return the same values as another tensor."""
-    # view_as gives a single scan a stride that kernels do not take for channels-last
-    return outputs.as_strided(outputs.shape, outputs.stride())
 
 
 class Propagate(torch.autograd.Function):
@@ -27,7 +22,8 @@ class Propagate(torch.autograd.Function):
     def forward(ctx, inputs, outputs, propagate):
         ctx.save_for_backward(inputs)
         ctx.propagate = propagate
-        return _alias(outputs)
+        # view_as gives a single scan a stride that kernels do not take for channels-last
+        return outputs.as_strided(outputs.shape, outputs.stride())
 
     @staticmethod
     def backward(ctx, gradient):
@@ -39,7 +35,7 @@ class Bypass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, outputs):
-        return _alias(outputs)
+        return outputs.as_strided(outputs.shape, outputs.stride())
 
     @staticmethod
     def backward(ctx, gradient):
@@ -55,58 +51,29 @@ def channels_last(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last_3d)
 
 
-def linear_sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
+def sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
     """Return Σ_i inputs_i · weight_ij over the inputs i of each neuron j, bias left out."""
     if isinstance(layer, nn.Linear):
         return functional.linear(inputs, weight)
-    return functional.conv3d(
-        inputs, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
+    return functional.conv3d(inputs, weight)
 
 
 def transposed_sums(layer: nn.Module, inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
     """Return Σ_j outputs_j · weight_ij over the neurons j that each input i feeds."""
     if isinstance(layer, nn.Linear):
         return outputs @ weight
-    if is_plain_one_channel(layer):
+    if layer.in_channels == 1:
         return one_channel_input_gradient(weight, outputs)
-    weight, outputs = channels_last(weight), channels_last(outputs)
-    return torch.nn.grad.conv3d_input(
-        inputs.shape, weight, outputs, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Tell whether a layer is a Conv3d with stride 1 and no padding."""
-    return (
-        isinstance(layer, nn.Conv3d)
-        and layer.stride == layer.dilation == (1, 1, 1)
-        and layer.padding == (0, 0, 0)
-    )
-
-
-def is_plain_one_channel(layer: nn.Module) -> bool:
-    """Tell whether a layer is a Conv3d of one input channel with stride 1 and no padding."""
-    return is_plain(layer) and layer.in_channels == 1
+    return torch.nn.grad.conv3d_input(inputs.shape, channels_last(weight), channels_last(outputs))
 
 
 def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
-    """Return the gradient of a convolution with respect to its single input channel.
+    """Return the gradient (N, 1, D, H, W) of a convolution with respect to its one input channel.
 
     Library kernels run at a fraction of their speed where one channel is all they write. Here the
-    voxels of each block of the result are the channels of one convolution with the block's sides
-    as stride, its kernels wider by them: the same sums.
-
-    Parameters
-    ----------
-    weight : Tensor, shape (C, 1, K, L, M)
-        Of a convolution with stride 1 and no padding.
-    outputs : Tensor, shape (N, C, D−K+1, H−L+1, W−M+1)
-        The gradient with respect to its outputs.
-
-    Returns
-    -------
-    Tensor, shape (N, 1, D, H, W)
+    voxels of each block of the result are the channels of one convolution with the block's sides as
+    stride, its kernels wider by them: the same sums. `weight` is (C, 1, K, L, M), `outputs`, (N, C,
+    D−K+1, H−L+1, W−M+1), the gradient with respect to the convolution's outputs.
     """
     kernel = weight.shape[2:]
     wide_kernel = [k + b - 1 for k, b in zip(kernel, BLOCK, strict=True)]
@@ -127,23 +94,15 @@ def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
     return voxels.reshape(n_scans, 1, *covered)[(..., *inner)]
 
 
-def hook_convolutions(model: nn.Module, same_rounding: bool) -> list[RemovableHandle]:
-    """Make a model's convolutions fast; return the hooks' handles.
+def fast_first_convolution(layer: nn.Conv3d) -> list[RemovableHandle]:
+    """Make a one-channel convolution write channels-last and have the fast gradient.
 
-    Parameters
-    ----------
-    model : Module
-        Its one-channel convolutions get the fast gradient and write channels-last.
-    same_rounding : bool
-        Give the others contiguous inputs, so that logits and winners of pooling windows are those
-        of the model itself, bit for bit; channels-last they are faster but round in other ways.
+    What follows it runs channels-last, too: the same sums, rounded in another order than by the
+    model itself.
     """
 
-    def write_channels_last(layer, inputs):
+    def read_channels_last(layer, inputs):
         return channels_last(inputs[0])
-
-    def make_contiguous(layer, inputs):
-        return inputs[0].contiguous()
 
     def replace_gradient(layer, inputs, outputs):
         if not inputs[0].requires_grad:
@@ -154,14 +113,7 @@ def hook_convolutions(model: nn.Module, same_rounding: bool) -> list[RemovableHa
 
         return Propagate.apply(inputs[0], outputs.detach(), propagate)
 
-    handles = []
-    for layer in [module for module in model.modules() if isinstance(module, nn.Conv3d)]:
-        if is_plain_one_channel(layer):
-            handles.append(layer.register_forward_pre_hook(write_channels_last))
-            handles.append(layer.register_forward_hook(replace_gradient))
-            continue
-        if layer.in_channels == 1:
-            say_once("a convolution of one channel with stride or padding: its gradient is slow")
-        if same_rounding:
-            handles.append(layer.register_forward_pre_hook(make_contiguous))
-    return handles
+    return [
+        layer.register_forward_pre_hook(read_channels_last),
+        layer.register_forward_hook(replace_gradient),
+    ]
