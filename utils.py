@@ -1,15 +1,12 @@
-"""What every script shares: exit statuses, options, device, seeds, logs, progress."""
+"""What every script shares: errors, options, device, seeds, log, progress."""
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import platform
 import random
-import sys
-import tempfile
-import traceback
+import resource
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,53 +17,42 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import ranks
-from errors import InputError, Stopped, in_one_sentence, stoppable
-
 N_WORKERS = min(4, os.cpu_count())
-PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn")
+PRECISIONS = ("fp32", "tf32", "bf16")
+PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn", "scipy")
 
 log = logging.getLogger("heatmaps")
 
 
-# Exit statuses
+class InputError(ValueError):
+    """The user's input is at fault: one message, exit status 2."""
 
 
-def printable(text: str) -> str:
-    """Return text with what no terminal or page should be sent as escapes, lines kept."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape").decode()
-        for letter in text
-    )  # fmt: skip
+class RunError(RuntimeError):
+    """The run cannot go on, through no fault of the command line: one message, exit status 1."""
 
 
-def run_script(main: Callable, args: argparse.Namespace, advice: str = "") -> int:
-    """Run a script's `main(args)` and return its exit status.
+# The processes of a job under torchrun; without it there is one, rank 0 of 1
 
-    0 done; 2 the input is at fault; 128 plus its number for a signal; 1 anything else. `advice`
-    says, after a signal, how to go on. Under torchrun a process that fails speaks and ends without
-    waiting for the others.
-    """
-    speaker = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
-    try:
-        with stoppable(), ranks.joined():
-            main(args)
-        return 0
-    except Stopped as stop:
-        print(f"{speaker}stopped by {stop.signal.name}. {advice}".rstrip(), file=sys.stderr)
-        status = 128 + stop.signal
-    except Exception as error:
-        message = in_one_sentence(error)
-        if message is not None:
-            print(f"{speaker}error: {printable(message)}", file=sys.stderr)
-        elif ranks.world_size() == 1:
-            raise
-        else:
-            traceback.print_exc()
-        status = 2 if isinstance(error, InputError) else 1
-    ranks.leave_at_once(status)
-    return status
+
+def rank() -> int:
+    """Return this process's number in the job, from 0."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def local_rank() -> int:
+    """Return this process's number on its host, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def world_size() -> int:
+    """Return how many processes the job has."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that speaks for the job."""
+    return rank() == 0
 
 
 # Command-line options
@@ -97,51 +83,99 @@ def number(
                 f"must be a number ({kind.__name__}), got {text!r}"
             ) from None
         if not (np.isfinite(value) and value >= at_least and value > above and value < below):
-            limits = [f"at least {at_least:g}"] if at_least > -np.inf else []
-            limits += [f"above {above:g}"] if above > -np.inf else []
-            limits += [f"below {below:g}"] if below < np.inf else []
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, got {text}")
+            limits = {"at least": at_least, "above": above, "below": below}
+            said = [f"{name} {limit:g}" for name, limit in limits.items() if np.isfinite(limit)]
+            said = " and ".join(said) or "a finite number"
+            raise argparse.ArgumentTypeError(f"must be {said}, got {text}")
         return value
 
     return parse
 
 
-def add_cohort_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that mean the same in every script that reads a cohort."""
-    parser.add_argument(
-        "--path", type=Path, required=True, metavar="CSV",
-        help="one scan a row: NIfTI file, label 0 or 1, optional subject",
-    )  # fmt: skip
-    parser.add_argument(
-        "--outpath",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="output folder, created if missing",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, at_least=0), default=0, help="seed of all random draws"
-    )
+OPTIONS = {  # that mean the same in every script that has them
+    "--path": dict(type=Path, required=True, metavar="CSV",
+                   help="one scan a row: NIfTI file, label 0 or 1, optional subject"),
+    "--outpath": dict(type=Path, required=True, metavar="DIR",
+                      help="output folder, created if missing"),
+    "--seed": dict(type=number(int, at_least=0), default=0, help="seed of all random draws"),
+    "--device": dict(help="a GPU index (0), a torch device (cuda:1) or cpu; left out: the first "
+                          "GPU, else the CPU"),
+    "--workers": dict(type=number(int, at_least=0), default=N_WORKERS,
+                      help="threads that decode scans; 0: the main thread decodes"),
+    "--cache-dir": dict(type=Path, metavar="DIR",
+                        help="keep the decoded scans (4 bytes a voxel) in this folder, best on a "
+                             "local disk, for all runs on the same scans; left out: below "
+                             "--outpath, removed at the end"),
+    "--only-fold": dict(type=number(int, at_least=0), metavar="FOLD",
+                        help="work on this fold only; the process that finishes the last fold "
+                             "writes what all folds have in common"),
+    "--overwrite": dict(action="store_true",
+                        help="start anew where --outpath holds results, which are removed"),
+    "--dry-run": dict(action="store_true",
+                      help="check everything, say what it would take, and write nothing"),
+}  # fmt: skip
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add --device."""
-    parser.add_argument(
-        "--device", default=None,
-        help="a GPU index (0), a torch device (cuda:1) or cpu; left out: the first GPU, else CPU",
-    )  # fmt: skip
+def make_parser(doc: str, *names: str) -> argparse.ArgumentParser:
+    """Return a parser with some of the shared options."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    for name in names:
+        parser.add_argument(name, **OPTIONS[name])
+    return parser
 
 
-def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """Add --cache-dir."""
-    parser.add_argument(
-        "--cache-dir", type=Path, default=None, metavar="DIR",
-        help="where the scaled scans lie while this runs (4 bytes a voxel), best on a local disk; "
-        "runs on the same scans share them; left out: below --outpath",
-    )  # fmt: skip
+# The device
 
 
-# Seeds and logs
+def find_device(name: str | None) -> torch.device:
+    """Return the device of --device (None: the first GPU if any), the current one from now on.
+
+    An InputError if there is no such device: a missing GPU is never replaced by the CPU.
+    """
+    n_gpus = torch.cuda.device_count()
+    if name is None and 0 < n_gpus <= local_rank():
+        raise InputError(f"this host has {n_gpus} GPUs: use --nproc-per-node {n_gpus}")
+    if name is None:
+        name = f"cuda:{local_rank()}" if n_gpus else "cpu"
+    elif name != "cpu" and world_size() > 1:
+        raise InputError("leave --device out under torchrun: each process takes a GPU of its own")
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
+    except RuntimeError:
+        raise InputError(f"--device must be a GPU index, cuda:INDEX or cpu, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or (device.index or 0) >= n_gpus:
+        raise InputError(
+            f"--device {name}: there is no such GPU here ({n_gpus} found); use --device cpu to run "
+            "on the CPU"
+        )
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name for logs and run.json."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def set_precision(name: str) -> None:
+    """Let float32 round to TF32 on a GPU ("tf32"), or keep it exact ("fp32", "bf16")."""
+    for kernels in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        kernels.fp32_precision = "tf32" if name == "tf32" else "ieee"
+
+
+def peak_gb(device: torch.device) -> float:
+    """Return the peak memory in GB so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# Seeds
 
 
 def derived_seed(*keys: int) -> int:
@@ -157,11 +191,21 @@ def seed_everything(*keys: int) -> None:
     torch.manual_seed(seed)
 
 
-class LogFile(logging.FileHandler):
-    """A log file that holds its peace when the disk is full: what must be written will speak."""
+def shuffled(rows: np.ndarray, *keys: int) -> np.ndarray:
+    """Return rows in an order that depends on the given integers only."""
+    generator = torch.Generator().manual_seed(derived_seed(*keys))
+    return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Drop the line."""
+
+# Log and progress
+
+
+def printable(text: str) -> str:
+    """Return text with what no terminal or page should be sent as escapes, lines kept."""
+    shown = (
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(shown)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -172,52 +216,47 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def start_log(log_path: Path | None = None) -> None:
+def start_log(log_path: Path | None = None, only_fold: int | None = None) -> None:
     """Log to stderr and, once there is an output folder, also to a file.
 
-    Under torchrun the first process speaks on stderr; the others warn only, once there is an
-    output folder: until then all check the same. Each has a file.
+    Under torchrun the first process logs to stderr, the others only warnings. Each has a file, and
+    so has each task of a job array.
     """
     log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk loses lines instead of stopping the run
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    speaker = f"[rank {ranks.rank()}] " if ranks.world_size() > 1 else ""
+    speaker = f"[rank {rank()}] " if world_size() > 1 else ""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(PrintableFormatter(f"{speaker}%(message)s"))
-    others_level = logging.ERROR if log_path is None else logging.WARNING
-    to_stderr.setLevel(logging.INFO if ranks.is_first() else others_level)
+    to_stderr.setLevel(logging.INFO if is_first() else logging.WARNING)
     log.addHandler(to_stderr)
     if log_path is not None:
-        if not ranks.is_first():
-            log_path = log_path.with_suffix(f".rank{ranks.rank()}.log")
-        to_file = LogFile(log_path, encoding="utf-8", errors="backslashreplace")
+        of_task = "" if only_fold is None else f"_f{only_fold}"
+        of_rank = "" if is_first() else f".rank{rank()}"
+        log_path = log_path.with_name(f"{log_path.stem}{of_task}{of_rank}.log")
+        to_file = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(PrintableFormatter(f"%(asctime)s {speaker}%(levelname)s %(message)s"))
         log.addHandler(to_file)
 
 
-@functools.cache
-def say_once(message: str) -> None:
-    """Log a message the first time only."""
-    log.info(message)
-
-
-def log_name(script: str, only_fold: int | None) -> str:
-    """Return the name of a script's log; each task of a job array has one of its own."""
-    return f"{script}.log" if only_fold is None else f"{script}_f{only_fold}.log"
-
-
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
     """Return a progress bar on stderr; none where that is no terminal, or another rank's."""
-    disable = None if ranks.is_first() else True
-    return tqdm(items, description, disable=disable, **options)
+    return tqdm(items, description, disable=None if is_first() else True, **options)
 
 
 def log_above_bars() -> contextlib.AbstractContextManager:
-    """Return a block in which log lines go above progress bars; ranks without bars log as ever."""
-    if not ranks.is_first():  # tqdm would print all that their level holds back
-        return contextlib.nullcontext()
-    return logging_redirect_tqdm([log])
+    """Return a block in which log lines go above progress bars."""
+    # where there are no bars, tqdm would print all that a rank's level holds back
+    return logging_redirect_tqdm([log]) if is_first() else contextlib.nullcontext()
+
+
+def some_of(names: Iterable, n_shown: int = 3) -> str:
+    """Return the first few names, and how many more there are."""
+    names = list(map(str, names))
+    more = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
+    return f"{', '.join(names[:n_shown])}{more}"
 
 
 def now() -> str:
@@ -228,37 +267,3 @@ def now() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
-def nearest_folder(path: Path) -> Path:
-    """Return what there is of a path: itself, or the nearest of its parents."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def check_outpath(outpath: Path) -> None:
-    """Refuse an output folder that is a file or cannot be written, before anything is written."""
-    there = nearest_folder(outpath)
-    if not there.is_dir():
-        raise InputError(f"--outpath {outpath} cannot be used as a folder: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"--outpath {outpath} cannot be used as a folder: Permission denied")
-
-
-def make_outpath(outpath: Path) -> Path:
-    """Create the output folder.
-
-    Raises
-    ------
-    InputError
-        If it cannot be created, is a file, or may not be written in.
-    """
-    try:
-        outpath.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outpath):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"--outpath {outpath} cannot be used as a folder: {error.strerror}"
-        ) from None
-    return outpath

@@ -1,6 +1,7 @@
-"""How tests start scripts under torchrun, and what a run's files must have in common."""
+"""How tests start scripts as processes, and what their files must have in common."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,32 +10,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-SIGNIFICANT = ("state_dict", "predictions", "metrics", "splits", "train_loss", "valid_loss")
+TIMED = ("run.json", ".log", ".lock", ".owner")  # these files say when, or who
 
 
-def torchrun(n_processes: int, script: str | Path, *arguments: object) -> subprocess.Popen:
-    """Start a script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n_processes,
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", ROOT / script,
-               *arguments]  # fmt: skip
+def start(script: str | Path, *arguments: object, launcher: tuple = ()) -> subprocess.Popen:
+    """Start a script as a process of one thread."""
+    command = [sys.executable, *launcher, ROOT / script, *arguments]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ENVIRONMENT,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """Wait for a process that must end well; return its stdout and stderr."""
-    output = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+def torchrun(n_processes: int, script: str | Path, *arguments: object) -> subprocess.Popen:
+    """Start a script under torchrun."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", n_processes,
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # fmt: skip
+    return start(script, *arguments, launcher=launcher)
+
+
+def finish(*processes: subprocess.Popen) -> tuple[str, str]:
+    """Wait for processes that must end well; return the last one's stdout and stderr."""
+    for process in processes:
+        output = process.communicate(timeout=240)
+        assert process.returncode == 0, output
     return output
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120
+) -> None:
     """Wait until something has come true while a process runs."""
+    end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
@@ -44,8 +55,13 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 def significant(outpath: Path) -> dict[str, bytes]:
-    """Return the bytes of the files that say nothing of times."""
-    return {p.name: p.read_bytes() for p in outpath.iterdir() if p.name.startswith(SIGNIFICANT)}
+    """Return the bytes of all files below a folder, but for those and the column of times."""
+    paths = [p for p in outpath.rglob("*") if p.is_file() and not p.name.endswith(TIMED)]
+    return {
+        str(path.relative_to(outpath)): re.sub(rb",[^,]*\n", b"\n", path.read_bytes())
+        if path.name.startswith("history") else path.read_bytes()  # seconds stand last
+        for path in paths
+    }  # fmt: skip
 
 
 def heatmap_arguments(

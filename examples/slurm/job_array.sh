@@ -6,8 +6,8 @@
 #     sbatch --dependency=afterok:$train examples/slurm/job_array.sh heatmap.py --path ./data.csv \
 #         --modelpath ./output/ --model modelA24 --method LRP IG GGC --outpath ./maps/
 #
-# The task that finishes the last fold puts all folds together. A task that was killed goes on when
-# the same command is submitted again. For svm.py leave out --gpus-per-task.
+# The task that finishes the last fold puts all folds together. A task that was killed resumes when
+# the same command is submitted again. svm.py needs no GPU and is one process: it is no array.
 #SBATCH --job-name=heatmaps
 #SBATCH --array=0-4
 #SBATCH --ntasks=1
@@ -23,6 +23,6 @@ set -euo pipefail
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 options=(--only-fold "$SLURM_ARRAY_TASK_ID")
 if [[ -n ${TMPDIR:-} && $1 != *heatmap.py ]]; then
-    options+=(--cache-dir "$TMPDIR") # decoded scans on the node's own disk, not below --outpath
+    options+=(--cache-dir "$TMPDIR") # decoded scans stay on the node, as long as its TMPDIR
 fi
 srun python3 "$@" "${options[@]}"

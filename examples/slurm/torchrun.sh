@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # All folds in one job over several nodes, one process a GPU, started by torchrun on each node.
 #
-#     sbatch examples/slurm/torchrun.sh train_cv.py --path ./data.csv --outpath ./output/ \
-#         --model modelA24
+#     sbatch --nodes=1 examples/slurm/torchrun.sh train_cv.py --path ./data.csv \
+#         --outpath ./output/ --model modelA24
 #     sbatch examples/slurm/torchrun.sh heatmap.py --path ./data.csv --modelpath ./output/ \
 #         --model modelA24 --method LRP IG GGC --outpath ./maps/
 #
-# train_cv.py gives each process its folds (more than one process a fold only where there are more
-# processes than folds); heatmap.py shares the scans of each fold, svm.py the Gram matrix.
+# train_cv.py gives each process its folds: no more processes than folds, so that five folds take one
+# node of up to five GPUs (sbatch --nodes=1). heatmap.py shares the scans of each fold among any
+# number. The same command, submitted again, resumes. svm.py is one process: start it without this.
 #SBATCH --job-name=heatmaps
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,7 +26,7 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((10000 + SLURM_JOB_ID % 20000)) # another job may have the same first node
 
 if [[ -n ${TMPDIR:-} && $1 != *heatmap.py ]]; then
-    set -- "$@" --cache-dir "$TMPDIR" # decoded scans on each node's own disk, not below --outpath
+    set -- "$@" --cache-dir "$TMPDIR" # decoded scans stay on each node, as long as its TMPDIR
 fi
 # torchrun ends a node's processes when one fails; ending the other nodes' is left to srun
 srun --kill-on-bad-exit=1 torchrun \

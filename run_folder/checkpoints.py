@@ -1,0 +1,129 @@
+"""What a fold keeps: its state and a checkpoint an epoch while in training, its files at the end.
+
+Files are loaded without running code from them.
+"""
+
+import io
+import pickle
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from run_folder import files
+from utils import InputError
+
+ERRORS = (  # of torch.load and load_state_dict on what is no checkpoint, or another model's
+    pickle.UnpicklingError, struct.error, ArithmeticError, AttributeError, EOFError, LookupError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@dataclass
+class FoldState:
+    """All that resuming a fold needs, besides the weights in the model and the optimiser."""
+
+    history: list[dict] = field(default_factory=list)  # an epoch each, as in history_f*.csv
+    best_loss: float = float("inf")  # validation loss of the best epoch so far
+    best_weights: dict = field(default_factory=dict)  # its state dict, on the CPU
+    epochs_without_gain: int = 0  # in a row
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return len(self.history)
+
+    def add(self, model: nn.Module, delta: float, **measured: float) -> bool:
+        """Add an epoch; return whether it is the best so far.
+
+        `measured`: train_loss, valid_loss, valid_accuracy and seconds.
+        """
+        is_best = not self.history or measured["valid_loss"] < self.best_loss - delta
+        self.history.append({"epoch": self.epoch + 1, **measured})
+        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
+        if is_best:
+            self.best_loss = measured["valid_loss"]
+            self.best_weights = {
+                k: v.cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in model.state_dict().items()
+            }
+        return is_best
+
+
+def checkpoint_path(outpath: Path, fold: int) -> Path:
+    """Return where a fold's checkpoint is while the fold is unfinished."""
+    return outpath / f"checkpoint_f{fold}.pt"
+
+
+def weights_path(outpath: Path, fold: int) -> Path:
+    """Return where a finished fold's weights are."""
+    return outpath / f"state_dict_f{fold}.pth"
+
+
+def write(path: Path, content: dict) -> None:
+    """Write tensors and plain values, whole or not at all; equal content gives equal bytes."""
+    buffer = io.BytesIO()  # a file would carry its own name into the archive
+    torch.save(content, buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def save(
+    outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Adam, state: FoldState
+) -> None:
+    """Write all that `resume` needs."""
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write(checkpoint_path(outpath, fold), content | {"state": vars(state)})
+
+
+def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Adam) -> FoldState:
+    """Return a fold's state, with its weights put back, or a fresh state if it never began.
+
+    An InputError if the checkpoint is damaged, or that of another model.
+    """
+    path = checkpoint_path(outpath, fold)
+    if not path.is_file():
+        return FoldState()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = FoldState(**content["state"])
+        for weights in (state.best_weights, content["model"]):  # the latter are trained further
+            model.load_state_dict(weights)
+        options = optimizer.state_dict()["param_groups"]  # the command's, not the file's
+        optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": options})
+    except ERRORS as error:
+        raise InputError(
+            f"{path} cannot resume this fold; start anew with --overwrite: {_reason(error)}"
+        ) from None
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a fold's state dict into a model; an InputError if it is none, or another model's."""
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ERRORS as error:
+        raise InputError(
+            f"{path} holds no weights of this model for volumes of this shape: {_reason(error)}"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return torch's reason in one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(lines)[:300] or type(error).__name__
+
+
+def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:
+    """Write a fold's files; the predictions come last and say that it is finished."""
+    history = pd.DataFrame(state.history)
+    write(weights_path(outpath, fold), state.best_weights)
+    files.write_npy(outpath / f"train_loss_f{fold}.npy", history["train_loss"])
+    files.write_npy(outpath / f"valid_loss_f{fold}.npy", history["valid_loss"])
+    files.write_csv(outpath / f"history_f{fold}.csv", history)
+    files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)
+    checkpoint_path(outpath, fold).unlink(missing_ok=True)

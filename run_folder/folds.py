@@ -1,0 +1,134 @@
+"""The folds: drawn once, stratified and seeded, subjects kept whole; read back from splits.csv."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
+
+from run_folder import files
+from utils import InputError, derived_seed, log
+
+N_FOLDS = 5
+VAL_FRACTION = 0.2
+PARTS = ("train", "val", "test")
+
+
+def asked_for(n_folds: int, only_fold: int | None, overwrite: bool) -> list[int]:
+    """Return the folds that --only-fold leaves to do, or say which options do not go together."""
+    if only_fold is None:
+        return list(range(n_folds))
+    if only_fold >= n_folds:
+        raise InputError(f"--only-fold {only_fold}: the folds are 0 to {n_folds - 1}")
+    if overwrite:
+        raise InputError("--overwrite starts a whole run anew: it does not go with --only-fold")
+    return [only_fold]
+
+
+def draw(table: pd.DataFrame, n_folds: int, val_fraction: float, seed: int) -> pd.DataFrame:
+    """Draw the folds: stratified, shuffled, seeded, with subjects kept whole.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row a scan: path, label[, subject].
+    val_fraction : float
+        Share of each fold's remaining scans that goes to validation. With subjects it is rounded
+        to 1/k or 1 − 1/k, k an integer from 2.
+    n_folds, seed : int
+
+    Returns
+    -------
+    DataFrame
+        The table, then fold_0 … fold_{k−1} with "train", "val" or "test". Every scan is tested in
+        exactly one fold.
+
+    Raises
+    ------
+    InputError
+        If a class, or the subjects, are too few for this many folds.
+    """
+    labels, subjects = table["label"].to_numpy(), table.get("subject")
+    for label in (0, 1):
+        n_scans = int((labels == label).sum())
+        if n_scans < n_folds:
+            raise InputError(f"label {label} has {n_scans} scans, fewer than the {n_folds} folds")
+    if subjects is not None and subjects.nunique() < n_folds:
+        raise InputError(f"{subjects.nunique()} subjects cannot be split into {n_folds} folds")
+    splitter = StratifiedKFold if subjects is None else StratifiedGroupKFold
+    outer = splitter(n_folds, shuffle=True, random_state=seed)
+    columns = {}
+    for fold, (others, test) in enumerate(outer.split(labels, labels, subjects)):
+        part = np.full(len(labels), "train", dtype=object)
+        part[test] = "test"
+        part[others[_draw_validation(labels, subjects, others, val_fraction, (seed, fold))]] = "val"
+        columns[f"fold_{fold}"] = part
+        _check(part, labels, subjects, fold)
+    return table.assign(**columns)
+
+
+def _draw_validation(
+    labels: np.ndarray, subjects: pd.Series | None, others: np.ndarray, fraction: float,
+    keys: tuple[int, int],
+) -> np.ndarray:  # fmt: skip
+    """Return which of a fold's remaining scans go to validation."""
+    random_state = derived_seed(*keys) % 2**32
+    try:
+        if subjects is None:
+            inner = StratifiedShuffleSplit(1, test_size=fraction, random_state=random_state)
+            return next(inner.split(others, labels[others]))[1]
+        n_parts = round(1 / min(fraction, 1 - fraction))
+        n_parts = max(2, min(n_parts, *np.bincount(labels[others])))  # each part needs both labels
+        inner = StratifiedGroupKFold(n_parts, shuffle=True, random_state=random_state)
+        larger, smaller = next(inner.split(others, labels[others], subjects.iloc[others]))
+        return smaller if fraction <= 0.5 else larger
+    except ValueError as error:
+        raise InputError(f"fold {keys[1]} cannot set validation scans aside: {error}") from None
+
+
+def _check(part: np.ndarray, labels: np.ndarray, subjects: pd.Series | None, fold: int) -> None:
+    """Hold a fold to its promises: no part empty, both classes in training, no subject split."""
+    for name in PARTS:
+        classes = np.unique(labels[part == name])
+        if len(classes) == 0 or (name == "train" and len(classes) < 2):
+            raise InputError(
+                f"fold {fold} leaves no {name} scans of each class: use fewer folds, another "
+                "--val-fraction or more subjects"
+            )
+        if len(classes) == 1:
+            log.warning("fold %d: all %s scans have label %d", fold, name, classes[0])
+    if subjects is not None:
+        n_parts_of_subject = pd.Series(part).groupby(subjects.to_numpy()).nunique()
+        assert n_parts_of_subject.max() == 1, "a subject is split between training and testing"
+
+
+def count(splits: pd.DataFrame) -> int:
+    """Return how many folds a table of folds has."""
+    return len([name for name in splits if name.startswith("fold_")])
+
+
+def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Read a run's splits.csv, in the order of the scans in `table` (path, label).
+
+    An InputError if there is no such file, or its scans or labels are not the table's.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"there is no {path} of train_cv.py; heatmap.py --subjects all does without it"
+        )
+    splits = files.read_csv(path, {"path": str, "label": int, "fold_0": str})
+    parts = splits[[f"fold_{fold}" for fold in range(count(splits)) if f"fold_{fold}" in splits]]
+    if len(parts.columns) != count(splits) or not parts.isin(PARTS).all(axis=None):
+        raise InputError(f"{path} is not a table of folds of train_cv.py")
+    for here, there, place in ((table, splits, path), (splits, table, "the CSV")):
+        missing = here["path"][~here["path"].isin(there["path"])]
+        if len(missing) or not here["path"].is_unique:
+            raise InputError(
+                f"the CSV's scans are not those of {path}: {len(missing)} are not in {place}, such "
+                f"as {next(iter(missing), 'one that is listed twice')!r}"
+            )
+    splits = splits.set_index("path", drop=False).loc[table["path"]].reset_index(drop=True)
+    differing = table["path"][splits["label"].to_numpy() != table["label"].to_numpy()]
+    if len(differing):
+        raise InputError(f"{differing.iloc[0]!r} has another label in {path} than in the CSV")
+    return splits
