@@ -1,20 +1,29 @@
-"""The checks on a cohort's scans, and the dataset that reads them."""
+"""The cohort: spellings of its CSV, and the checks on its scans."""
 
+import gzip
+import logging
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 from conftest import AFFINE, SHAPE, make_volume, save_scan, write_cohort
-from nibabel.arrayproxy import ArrayProxy
 
 import dataset
-import loading
-import scan_files
-from errors import InputError, RunError
+from run_folder import files
+from utils import InputError
 
+TWO_ROWS = "scan00.nii.gz,0\nscan01.nii.gz,1\n"
 OTHER_AFFINE = AFFINE + np.diag([0, 0, 0.5, 0])
+
+
+def read_text(folder: Path, text: str | bytes) -> dataset.Cohort:
+    """Write a data.csv with this content into the folder and read it."""
+    csv_path = folder / "data.csv"
+    csv_path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return dataset.read_cohort(csv_path)
 
 
 def error_of(csv_path: Path) -> str:
@@ -24,30 +33,181 @@ def error_of(csv_path: Path) -> str:
     return str(caught.value)
 
 
-# The checks
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings that were logged."""
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# The CSV
+
+
+SPELLINGS = {
+    "no-header": "scan00.nii.gz,0\nscan01.nii.gz,1\n",
+    "header": "path,label\nscan00.nii.gz,0\nscan01.nii.gz,1\n",
+    "any-header": "Image File,Diagnosis\nscan00.nii.gz,0\nscan01.nii.gz,1",
+    "byte-order-mark": "\ufeffscan00.nii.gz,0\nscan01.nii.gz,1\n",
+    "mark-and-header": "\ufeffpath,label\nscan00.nii.gz,0\nscan01.nii.gz,1\n",
+    "windows-line-ends": "scan00.nii.gz,0\r\nscan01.nii.gz,1\r\n",
+    "old-mac-line-ends": "scan00.nii.gz,0\rscan01.nii.gz,1\r",
+    "semicolons": "scan00.nii.gz;0\nscan01.nii.gz;1\n",
+    "semicolons-and-header": "path;label;subject\nscan00.nii.gz;0;\nscan01.nii.gz;1;\n",
+    "tabs": "scan00.nii.gz\t0\r\nscan01.nii.gz\t1\r\n",
+    "empty-lines": "\n\nscan00.nii.gz,0\n,\n\nscan01.nii.gz,1\n\n",
+    "quotes": '"scan00.nii.gz","0"\n"scan01.nii.gz", "1"\n',
+    "spaces": " scan00.nii.gz , 0\nscan01.nii.gz\t, 1 \n",
+    "labels-as-floats": "scan00.nii.gz,0.0\nscan01.nii.gz,1.0\n",
+    "empty-third-column": "scan00.nii.gz,0,\nscan01.nii.gz,1,\n",
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS.values(), ids=SPELLINGS)
+def test_csv_spellings_mean_the_same(folder, text):
+    cohort = read_text(folder, text)
+    assert cohort.table.to_dict("list") == {
+        "path": ["scan00.nii.gz", "scan01.nii.gz"],
+        "label": [0, 1],
+    }
+    assert cohort.scans == [str(folder / "scan00.nii.gz"), str(folder / "scan01.nii.gz")]
+    assert (cohort.labels.dtype, cohort.labels.tolist()) == (np.int64, [0, 1])
+
+
+def test_subject_column(folder, caplog):
+    caplog.set_level(logging.INFO, "heatmaps")
+    cohort = read_text(folder, "scan00.nii.gz,0,007\nscan01.nii.gz,1,s2\nscan02.nii.gz,0,007\n")
+    assert cohort.table["subject"].tolist() == ["007", "s2", "007"]
+    assert "2 subjects, 3 scans" in caplog.text
+    assert warnings_in(caplog) == []
+
+
+def test_subject_with_both_labels_is_a_warning(folder, caplog):
+    cohort = read_text(folder, "scan00.nii.gz,0,anna\nscan01.nii.gz,1,anna\nscan02.nii.gz,0,ben\n")
+    (warning,) = warnings_in(caplog)
+    assert "1 subjects have scans of both labels: anna" in warning
+    assert len(cohort.table) == 3
+
+
+@pytest.mark.parametrize("name", ["a, b c.nii.gz", "Jürgen Åß 脑.nii.gz", 'a "b".nii'])
+def test_quoted_and_unicode_paths(folder, name):
+    save_scan(folder / name, make_volume(9, 1))
+    table = pd.DataFrame({"path": ["scan00.nii.gz", name], "label": [0, 1]})
+    table.to_csv(folder / "data.csv", index=False, header=False)
+    assert dataset.read_cohort(folder / "data.csv").scans[1] == str(folder / name)
+
+
+def test_a_semicolon_in_a_path_and_a_comma_in_a_path(folder):
+    for name in ("a;b.nii.gz", "a,b.nii.gz"):
+        (folder / "scan00.nii.gz").replace(folder / name)
+        save_scan(folder / "scan00.nii.gz", make_volume(0, 0))
+    assert read_text(folder, "a;b.nii.gz,0\nscan01.nii.gz,1\n").table["path"][0] == "a;b.nii.gz"
+    assert read_text(folder, "a,b.nii.gz;0\nscan01.nii.gz;1\n").table["path"][0] == "a,b.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TWO_ROWS.encode("utf-16"), "it is UTF-16"),
+        (TWO_ROWS.encode("utf-16-be"), "it is UTF-16"),  # without a mark
+        ((TWO_ROWS + "Jürgen.nii,0\n").encode("latin-1"), "row 3 is not UTF-8"),
+        ((TWO_ROWS + "übung.nii,0\n").encode("latin-1"), "row 3 is not UTF-8"),
+        ("ü.nii,0\r\n".encode("latin-1"), "row 1 is not UTF-8"),
+    ],
+)
+def test_other_encodings_are_refused_with_what_to_do(folder, content, message):
+    with pytest.raises(InputError, match=rf"data\.csv cannot be read.*{message}.*CSV UTF-8"):
+        read_text(folder, content)
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_csv", ["NFC", "NFD"])
+def test_letters_are_found_however_they_are_composed(folder, on_disk, in_csv):
+    """A Mac decomposes ü in file names, a spreadsheet does not."""
+    name = "Jürgen.nii.gz"
+    save_scan(folder / unicodedata.normalize(on_disk, name), make_volume(0, 0))
+    cohort = read_text(folder, unicodedata.normalize(in_csv, name) + ",0\nscan01.nii.gz,1\n")
+    assert Path(cohort.scans[0]).name == unicodedata.normalize(on_disk, name)
+
+
+@pytest.mark.parametrize("name", ["x.HEAD", "x.nii.bz2", "x.img.gz", "plain"])
+def test_a_scan_in_row_1_is_no_header_row(folder, name):
+    """Whatever the label's fault, a row that names a scan is never skipped."""
+    (folder / "plain").write_bytes((folder / "scan00.nii.gz").read_bytes())
+    with pytest.raises(InputError, match="row 1: label must be 0 or 1, got 'AD'"):
+        read_text(folder, f"{name},AD\n{TWO_ROWS}")
+
+
+@pytest.mark.parametrize(
+    "text", ['"scan00.nii.gz,0\n' + TWO_ROWS * 1000, "x" * 10_000 + ",0\n", TWO_ROWS + '"' * 9999]
+)
+def test_a_lost_quote_gives_a_short_message(folder, text):
+    with pytest.raises(InputError) as caught:
+        read_text(folder, text)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", ",\n", "path,label\n"])
+def test_a_csv_without_scans(folder, text):
+    with pytest.raises(InputError, match=r"data\.csv lists no scan"):
+        read_text(folder, text)
+
+
+def test_paths_are_looked_up_from_the_csv_then_from_here(folder, tmp_path, monkeypatch):
+    here = write_cohort(tmp_path / "here", 6).parent  # has scan00 too, and scan05 as the only one
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(folder))
+    read_text(
+        folder, f"scan00.nii.gz,0\nscan05.nii.gz,1\n{folder}/scan02.nii.gz,0\n~/scan03.nii.gz,1\n"
+    )
+    cohort = dataset.read_cohort(Path("../cohort/data.csv"))
+    places = folder, here, folder, folder
+    names = "scan00.nii.gz", "scan05.nii.gz", "scan02.nii.gz", "scan03.nii.gz"
+    assert cohort.scans == [str(place / name) for place, name in zip(places, names, strict=True)]
+
+
+def test_a_link_to_a_listed_scan_is_a_duplicate(folder):
+    (folder / "link.nii.gz").symlink_to(folder / "scan00.nii.gz")
+    with pytest.raises(InputError, match=r"row 2: 'link.nii.gz' is listed already, in row 1"):
+        read_text(folder, "scan00.nii.gz,0\nlink.nii.gz,1\n")
+
+
+@pytest.mark.parametrize("names", [("x.hdr", "x.img"), ("x.img", "x.hdr"), ("y.hdr", "x.img")])
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_both_files_of_a_pair_are_one_scan(folder, names, compression):
+    nib.save(nib.Nifti1Pair(make_volume(3, 1), AFFINE), folder / f"x.hdr{compression}")
+    (folder / f"y.hdr{compression}").symlink_to(f"x.hdr{compression}")
+    first, second = (name + compression for name in names)
+    with pytest.raises(InputError, match=rf"row 3: '{second}' is listed already, in row 2"):
+        read_text(folder, f"scan00.nii.gz,0\n{first},1\n{second},1\n")
+
+
+def test_files_of_one_name_in_other_formats_are_several_scans():
+    names = ["x.hdr", "x.nii", "x.mgz", "x.hdr.gz", "x.nii.gz", "y.hdr"]
+    assert len({dataset.scan_key(Path(name)) for name in names}) == len(names)
+
+
+# The scans
 
 
 @pytest.mark.parametrize("odd", [0, 2])
-def test_the_scan_of_another_shape_is_the_one_named(folder, odd):
-    save_scan(folder / f"scan{odd:02d}.nii.gz", make_volume(odd, 0, (24, 27, 25)))
-    message = error_of(folder / "data.csv")
-    (line,) = message.splitlines()[1:]
-    assert f"row {odd + 1}: scan{odd:02d}.nii.gz has shape (24, 27, 25)" in line
-    assert str(SHAPE) in line
-
-
-@pytest.mark.parametrize("odd", [0, 2])
-def test_the_scan_of_another_affine_is_the_one_named(folder, odd):
-    save_scan(folder / f"scan{odd:02d}.nii.gz", make_volume(odd, 0), OTHER_AFFINE)
+def test_the_scan_of_another_shape_or_affine_is_the_one_named(folder, odd):
+    path = folder / f"scan{odd:02d}.nii.gz"
+    save_scan(path, make_volume(odd, 0, (24, 27, 25)))
+    (line,) = error_of(folder / "data.csv").splitlines()[1:]
+    assert line == f"  row {odd + 1}: {path.name} has shape (24, 27, 25), the other scans {SHAPE}"
+    save_scan(path, make_volume(odd, 0), OTHER_AFFINE)
     message = error_of(folder / "data.csv")
     assert message.count("another affine") == 1
-    assert f"row {odd + 1}: scan{odd:02d}.nii.gz has another affine" in message
+    assert f"row {odd + 1}: {path.name} has another affine" in message
+    assert f"{nib.load(folder / 'scan01.nii.gz').affine}" in message
 
 
-def test_rounding_of_affines_is_tolerated(folder):
+def test_rounding_of_affines_and_trailing_axes_are_tolerated(folder):
     save_scan(folder / "scan01.nii.gz", make_volume(1, 1), AFFINE + 1e-4 * np.eye(4, 4, 3))
+    save_scan(folder / "scan02.nii.gz", make_volume(2, 0)[..., None, None])
     cohort = dataset.read_cohort(folder / "data.csv")
+    assert cohort.volume_shape == SHAPE
     np.testing.assert_allclose(cohort.like_img.affine, AFFINE, atol=1e-6)
+    expected = make_volume(2, 0) / make_volume(2, 0).max()
+    np.testing.assert_array_equal(cohort.volumes(None, 0)[2], expected)
 
 
 def test_every_problem_is_collected_with_its_row(tmp_path):
@@ -87,104 +247,18 @@ def test_many_problems_are_cut_short_and_counted(tmp_path):
     assert f"{50 - dataset.MAX_PROBLEMS_SHOWN} more problems" in lines[-1]
 
 
-def test_a_good_scan_is_not_read_whole(tmp_path, monkeypatch):
-    path = save_scan(tmp_path / "x.nii.gz", make_volume(0, 0))
-    read_slab = ArrayProxy.__getitem__
-    stops = []
-
-    def record(proxy: ArrayProxy, slices: tuple) -> np.ndarray:
-        stops.append(slices[2].stop)
-        return read_slab(proxy, slices)
-
-    monkeypatch.setattr(ArrayProxy, "__getitem__", record)
-    monkeypatch.setattr(ArrayProxy, "__array__", lambda *_: pytest.fail("the scan was read whole"))
-    assert scan_files.check_scan(str(path))[1] == ""
-    assert max(stops) < SHAPE[2] / 2
-
-
-def test_contrast_in_the_last_slice_alone_is_found(tmp_path):
-    data = np.ones(SHAPE, np.float32)
-    data[3, 4, -1] = 2
-    path = save_scan(tmp_path / "x.nii.gz", data)
-    assert scan_files.check_scan(str(path))[1] == ""
-
-
-def flip_bytes(content: bytes) -> bytes:
-    """Return a file's bytes with some inverted, past what a look at the header decompresses."""
-    return content[:3500] + bytes(byte ^ 0xFF for byte in content[3500:3600]) + content[3600:]
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("x.nii.gz", flip_bytes),
-        ("x.nii.gz", lambda content: content[: len(content) // 2]),
-        ("x.nii", lambda content: content[: len(content) // 2]),
-        ("x.nii.gz", lambda _: b"no image"),
-        ("x.nii.gz", None),
-    ],
-    ids=["flipped", "cut", "cut-uncompressed", "no-gzip", "gone"],
-)
-def test_a_scan_damaged_after_the_checks_is_named(tmp_path, name, damage):
-    path = save_scan(tmp_path / name, make_volume(0, 0))
-    content = path.read_bytes()
-    path.unlink()
-    if damage:
-        path.write_bytes(damage(content))
-    with pytest.raises(RunError, match=rf"{name} cannot be read: "):
-        scan_files.load_volume(str(path))
-
-
-@pytest.mark.parametrize("slope_inter", [(1, 0), (0.37, -20)])
-@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, np.float64])
-def test_voxels_are_nibabels(tmp_path, kind, slope_inter):
-    path = tmp_path / "x.nii.gz"
-    img = nib.Nifti1Image(np.random.default_rng(0).integers(0, 200, SHAPE).astype(kind), AFFINE)
-    img.header.set_slope_inter(*slope_inter)
-    nib.save(img, path)
-    voxels = scan_files.read_voxels(str(path))
-    assert voxels.dtype == np.float32
-    np.testing.assert_allclose(voxels, nib.load(path).get_fdata(), rtol=1e-6, atol=1e-5)
-    low, high = voxels.min(), voxels.max()
-    volume_data, _ = scan_files.load_volume(str(path))
-    assert volume_data.flags.c_contiguous
-    np.testing.assert_array_equal(volume_data, (voxels - low) / (high - low))
-
-
-# The dataset
-
-
-def test_dataset_gives_volume_label_and_cohort_row(cohort_csv):
-    cohort = dataset.read_cohort(cohort_csv)
-    scans = dataset.ScanDataset(cohort.table, np.array([5, 2]))
-    assert len(scans) == 2
-    volume, label, row = scans[0]
-    assert (volume.shape, volume.dtype, label, row) == ((1, *SHAPE), torch.float32, 1, 5)
-    expected = make_volume(5, 1)
-    np.testing.assert_array_equal(volume[0].numpy(), expected / expected.max())
-    assert scans[1][1:] == (0, 2)
-
-
-@pytest.mark.parametrize("n_workers", [0, 1])
-def test_dataset_counts_nonfinite_voxels_in_any_process(folder, n_workers):
-    data = make_volume(1, 1)
-    data[12, 13, :2] = np.nan
-    save_scan(folder / "scan01.nii.gz", data)
+def test_facts_count_scans_by_size_not_by_time(folder):
     cohort = dataset.read_cohort(folder / "data.csv")
-    scans = dataset.ScanDataset(cohort.table, np.arange(4))
-    for volumes, _, _ in torch.utils.data.DataLoader(scans, 2, num_workers=n_workers):
-        assert torch.isfinite(volumes).all()
-    assert scans.n_nonfinite.tolist() == [0, 2, 0, 0]
-
-
-def test_batches_keep_their_volumes_and_give_their_memory_back(cohort_csv):
-    cohort = dataset.read_cohort(cohort_csv)
-    scans = dataset.ScanDataset(cohort.table, np.arange(8))
-    loader = torch.utils.data.DataLoader(scans, 3, collate_fn=loading.BatchStacker())
-    plain = list(torch.utils.data.DataLoader(scans, 3))
-    for held in (list(loader), list(loader)):
-        for found, expected in zip(held, plain, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    del held, found
-    addresses = {volumes.data_ptr() for _ in range(5) for volumes, _, _ in loader}
-    assert len(addresses) <= 3
+    facts = cohort.facts(folder / "data.csv")
+    assert facts["csv_sha256"] == files.sha256(folder / "data.csv")
+    assert (facts["n_scans"], facts["volume_shape"]) == (4, list(SHAPE))
+    np.testing.assert_allclose(facts["affine"], AFFINE, atol=1e-5)
+    path = folder / "scan02.nii.gz"
+    path.write_bytes(path.read_bytes())  # copied: of another time
+    assert cohort.facts(folder / "data.csv") == facts
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 0))
+    other = cohort.facts(folder / "data.csv")
+    assert [key for key in facts if facts[key] != other[key]] == ["scan_sizes_sha256"]
+    path.unlink()
+    with pytest.raises(InputError, match=r"scan02\.nii\.gz cannot be read any more"):
+        cohort.facts(folder / "data.csv")

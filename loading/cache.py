@@ -1,0 +1,214 @@
+"""A cohort's scaled volumes, decoded once: one .npy file a scan in a folder that many may fill.
+
+A file is named by what it was decoded from (path, size and time of the scan, version of the
+scaling), written aside and renamed. What is missing, or has not its full size, is decoded; so
+processes and hosts may fill one folder together, whenever any of them is killed.
+"""
+
+import hashlib
+import io
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loading import image
+from run_folder import files
+from utils import RunError, log, progress, some_of
+
+SCALING_VERSION = 1  # to be raised when `image.load_volume` gives other voxels
+HEADER_BYTES = 128  # of a .npy file of float32 volumes
+N_AHEAD = 2  # batches
+MAX_WRITING_SECONDS = 3600.0  # a temporary file untouched for so long has lost its writer
+OTHER_HALF = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}
+
+
+class Volumes:
+    """The scaled volumes of a cohort, in its order.
+
+    Parameters
+    ----------
+    scans, labels : list of str, int array, shape (n_scans,)
+        The scans' files and labels.
+    shape : tuple of int, (D, H, W)
+    folder : Path or None
+        Where decoded scans are kept; None: every scan is decoded whenever it is asked for.
+    n_workers : int
+        Threads that decode.
+    """
+
+    def __init__(
+        self,
+        scans: list[str],
+        labels: np.ndarray,
+        shape: tuple[int, int, int],
+        folder: Path | None = None,
+        n_workers: int = 0,
+    ):
+        self.scans, self.labels, self.shape, self.folder = scans, labels, shape, folder
+        self.n_workers = max(1, n_workers)
+        self.n_voxels = math.prod(shape)
+        self.n_nonfinite: dict[int, int] = {}  # by row, of scans not yet warned of
+        if folder is not None:
+            self.paths = [folder / f"{_key(scan)}.npy" for scan in scans]
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    @property
+    def gb(self) -> float:
+        """Size of all decoded volumes."""
+        return len(self) * (HEADER_BYTES + 4 * self.n_voxels) / 1e9
+
+    # Decoding
+
+    def missing(self) -> list[int]:
+        """Return the rows of the scans that are still to be decoded into the folder."""
+        return [row for row in range(len(self)) if not self._is_there(row)]
+
+    def _is_there(self, row: int) -> bool:
+        """Tell whether a scan's file is there, and whole."""
+        try:
+            return self.paths[row].stat().st_size == HEADER_BYTES + 4 * self.n_voxels
+        except OSError:
+            return False
+
+    def check_room(self) -> None:
+        """Raise an InputError if the folder cannot be written, or what is missing does not fit."""
+        if self.folder is not None:
+            files.check_outpath(self.folder, "--cache-dir")
+            missing_gb = self.gb * len(self.missing()) / len(self)
+            files.check_room({"decoded scans (see --cache-dir)": (missing_gb, self.folder)})
+
+    def fill(self) -> None:
+        """Decode what is missing; a RunError if one fails: what was decoded until then is kept."""
+        if self.folder is None or not (rows := self.missing()):
+            return
+        files.make_outpath(self.folder, "--cache-dir")
+        for path in self.folder.glob(f"{files.TEMPORARY_PREFIX}*"):
+            with suppress(FileNotFoundError):  # somebody else is done with it
+                if time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS:
+                    path.unlink()
+        gb = self.gb * len(rows) / len(self)
+        log.info("decoding %d of %d scans into %s (%.2f GB)", len(rows), len(self), self.folder, gb)
+        random.Random().shuffle(rows)  # those who fill the folder together start apart
+        pool = ThreadPoolExecutor(self.n_workers)
+        try:
+            for _ in progress(pool.map(self._decode, rows), "decoding", total=len(rows)):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._warn_of_nonfinite()
+
+    def _decode(self, row: int) -> None:
+        """Write a scan's file, unless somebody else has meanwhile."""
+        if self._is_there(row):
+            return
+        volume_data = self._load(row)
+        mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}-{self.paths[row].name}"
+        buffer = io.BytesIO()  # np.save to a file does not say that the disk is full
+        np.save(buffer, volume_data)
+        with files.whole_file(self.paths[row], mine, volume_data.nbytes) as temporary_path:
+            temporary_path.write_bytes(buffer.getbuffer())
+
+    def _load(self, row: int) -> np.ndarray:
+        """Decode a scan."""
+        volume_data, n_nonfinite = image.load_volume(self.scans[row])
+        if volume_data.shape != tuple(self.shape):
+            raise RunError(f"{self.scans[row]} now has shape {volume_data.shape}, not {self.shape}")
+        if n_nonfinite:
+            self.n_nonfinite.setdefault(row, n_nonfinite)
+        return volume_data
+
+    def _warn_of_nonfinite(self) -> None:
+        """Say how many voxels of the scans decoded so far were not finite, of each scan once."""
+        counts = {row: n for row, n in self.n_nonfinite.items() if n}
+        if counts:
+            names = some_of(self.scans[row] for row in counts)
+            log.warning(
+                "%d non-finite voxels in %d scans were set to 0: %s",
+                sum(counts.values()), len(counts), names,
+            )  # fmt: skip
+        self.n_nonfinite.update(dict.fromkeys(counts, 0))
+
+    # Reading
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Return a scan's volume, float32 of shape (D, H, W); writing to it changes no file."""
+        if self.folder is None:
+            return self._load(row)
+        return np.load(self.paths[row], mmap_mode="c", allow_pickle=False)
+
+    def batches(
+        self, rows: np.ndarray, batch: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield volumes (N, 1, D, H, W) and labels (N,) of scans, at most `batch` at a time.
+
+        The next batches are read meanwhile, for a GPU into pinned memory.
+        """
+        parts = deque(rows[start : start + batch] for start in range(0, len(rows), batch))
+        n_ahead = N_AHEAD if self.folder else max(N_AHEAD, self.n_workers)
+        pool, coming = ThreadPoolExecutor(self.n_workers), deque()
+        try:
+            while parts or coming:
+                while parts and len(coming) < n_ahead:
+                    coming.append(pool.submit(self._batch, parts.popleft(), device.type == "cuda"))
+                tensors = coming.popleft().result()
+                yield tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._warn_of_nonfinite()
+
+    def _batch(self, rows: np.ndarray, pinned: bool) -> list[Tensor]:
+        """Return volumes and labels of some scans, on the CPU."""
+        volumes = torch.from_numpy(np.stack([self[row] for row in rows])[:, None])
+        tensors = [volumes, torch.from_numpy(self.labels[rows])]
+        return [tensor.pin_memory() for tensor in tensors] if pinned else tensors
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return a range of voxels of all decoded scans, float32, (n_scans, stop − start)."""
+        block = np.empty((len(self), stop - start), dtype=np.float32)
+        for row, path in enumerate(self.paths):
+            with path.open("rb") as file:
+                file.seek(HEADER_BYTES + 4 * start)
+                file.readinto(block[row])
+        return block
+
+    def remove(self, is_own: bool) -> None:
+        """Remove the folder if it is the run's own; a folder that the user named stays."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        if is_own:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            log.info("%.2f GB of decoded scans stay in --cache-dir %s", self.gb, self.folder)
+
+
+def _key(scan: str) -> str:
+    """Return the name of a decoded scan: a hash of what it is decoded from."""
+    other = re.sub(
+        r"(?<=\.)(hdr|img)(?=(\.gz|\.bz2)?$)", lambda match: OTHER_HALF.get(match[0], match[0]),
+        scan, flags=re.IGNORECASE,
+    )  # fmt: skip
+    facts = [SCALING_VERSION, scan]
+    for path in dict.fromkeys((scan, other)):
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            continue  # decoding says what is wrong
+        facts += [stat.st_size, stat.st_mtime_ns]
+    text = "\0".join(map(str, facts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
