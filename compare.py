@@ -25,17 +25,12 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from nilearn import image
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-import files
-import map_space
-import overlap
-import page_data
-import pictures
-import report
 import utils
-from map_space import Space
+from comparing import overlap, page
+from comparing.space import Map, Space, load_atlas, load_maps, load_space
+from run_folder import files
+from run_folder.processes import run_script
 from utils import log
 
 MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
@@ -55,46 +50,42 @@ def evidence(map_img: nib.Nifti1Image, sign: str, fwhm_mm: float) -> np.ndarray:
 
 
 def measure(
-    args: argparse.Namespace, name: str, path: Path, imgs: tuple, space: Space
+    args: argparse.Namespace, name: str, each: Map, space: Space
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """Return a map's row of comparison.csv, its Dice curve and its evidence volume."""
-    map_img, fold_imgs = imgs
-    data = evidence(map_img, args.sign, args.fwhm)
-    inside = space.inside
-    found = overlap.overlap(data[space.mask_data], inside)
+    data = evidence(each.img, args.sign, args.fwhm)
+    values, inside = data[space.mask_data], space.inside
     row = {"map": name, "n_mask": len(inside), "n_reference": int(inside.sum()), "p": inside.mean()}
-    row |= found
+    row |= overlap.overlap(values, inside)
     row["null_p"], row["null_mean"] = overlap.shift_null(
         data, space.mask_data, space.reference_data, args.seed
     )
     of_folds = pd.DataFrame(
         [
             overlap.overlap(evidence(img, args.sign, args.fwhm)[space.mask_data], inside)
-            for img in fold_imgs
+            for img in each.fold_imgs
         ]
     )
-    row["n_folds"] = len(fold_imgs)
+    row["n_folds"] = len(each.fold_imgs)
     for measure_name in MEASURES:
-        values = of_folds.get(measure_name, pd.Series(dtype=float))
-        row[f"{measure_name}_folds_mean"] = values.mean()
-        row[f"{measure_name}_folds_sd"] = values.std()
-    if found["degenerate"]:
+        of_measure = of_folds.get(measure_name, pd.Series(dtype=float))
+        row[f"{measure_name}_folds_mean"] = of_measure.mean()
+        row[f"{measure_name}_folds_sd"] = of_measure.std()
+    if row["degenerate"]:
         log.warning("%s: fewer non-zero voxels than the reference has", name)
-    return row, overlap.dice_curve(data[space.mask_data], inside)[0], data
+    return row, overlap.dice_curve(values, inside)[0], data
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    parser = utils.make_parser(__doc__, "--outpath", "--seed")
     option = parser.add_argument
     # fmt: off
     option("--maps", type=Path, nargs="+", required=True, metavar="FILE",
            help="maps on one grid, such as LRP_map_all.nii.gz")
     option("--reference", type=Path, required=True, metavar="FILE",
            help="the reference map; resampled to the maps' grid if it is on another")
-    option("--outpath", type=Path, required=True, metavar="DIR",
-           help="output folder, created if missing")
     option("--mask", type=Path, default=None, metavar="FILE",
            help="analysis mask; left out: where the mean scan beside the maps, or a map, is not 0")
     option("--reference-threshold", type=number(float), default=0.0,
@@ -107,7 +98,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="number and name of each region of --atlas, with a header row")
     option("--run", type=Path, nargs="+", default=[], metavar="DIR",
            help="folders of train_cv.py or svm.py whose metrics and curves the page shows")
-    option("--seed", type=number(int, at_least=0), default=0, help="seed of the null shifts")
     # fmt: on
     args = parser.parse_args(argv)
     if (args.atlas is None) != (args.atlas_labels is None):
@@ -119,41 +109,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Compare every map with the reference and draw the page."""
     utils.start_log()
-    maps = map_space.load_maps(args.maps)
-    space = map_space.load_space(args, maps)
-    atlas = map_space.load_atlas(args, space)
-    runs = [page_data.load_run(path) for path in args.run]
-    ig_errors = page_data.completeness_errors(dict(zip(maps, args.maps, strict=True)))
-
-    utils.make_outpath(args.outpath)
-    files.remove_leftovers(args.outpath)
+    maps = load_maps(args.maps)
+    space = load_space(maps, args.reference, args.reference_threshold, args.mask)
+    atlas = load_atlas(args.atlas, args.atlas_labels, space) if args.atlas else None
+    runs = [page.load_run(path) for path in args.run]
+    page.completeness_errors(maps)  # a damaged sidecar is refused before anything is written
+    files.make_outpath(args.outpath)
     utils.start_log(args.outpath / "compare.log")
     log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
-    rows, curves, regions, volumes = [], {}, [], {}
-    with logging_redirect_tqdm([log]):
-        for (name, imgs), path in tqdm(zip(maps.items(), args.maps, strict=True), "maps",
-                                       total=len(maps), disable=None):  # fmt: skip
-            row, curves[name], data = measure(args, name, path, imgs, space)
+
+    rows, curves, regions = [], {}, []
+    with utils.log_above_bars():
+        for name, each in utils.progress(maps.items(), "maps"):
+            row, curves[name], data = measure(args, name, each, space)
             rows.append(row)
-            volumes[name] = imgs[0]
             if atlas is not None:
                 region_rows = overlap.region_table(data[space.mask_data], *atlas)
                 regions += [{"map": name, **region_row} for region_row in region_rows]
-
     table = pd.DataFrame(rows)
     files.write_csv(args.outpath / "comparison.csv", table)
     region_table = pd.DataFrame(regions) if atlas is not None else None
     if region_table is not None:
         files.write_csv(args.outpath / "regions.csv", region_table)
-    pictures.plot_dice_curves(args.outpath / "dice_curves.png", curves, space.inside.mean())
-    reference_img = nib.Nifti1Image(space.reference_data.astype(np.uint8), space.like_img.affine)
-    report.write_report(
-        args.outpath / "report.html", args, table, region_table, runs, ig_errors, volumes,
-        reference_img, space.mask_source, map_space.load_background(args, space.like_img),
-    )  # fmt: skip
+
+    page.plot_dice_curves(args.outpath / "dice_curves.png", curves, space.inside.mean())
+    facts = {
+        "Command": args.command,
+        "Reference": f"{args.reference}, above {args.reference_threshold:g}; "
+        f"{space.inside.sum()} of {len(space.inside)} mask voxels",
+        "Mask": space.mask_source,
+        "Evidence": f"--sign {args.sign}, smoothed by {args.fwhm:g} mm",
+        "Background": space.background_source,
+        "Versions": ", ".join(f"{k} {v}" for k, v in utils.versions().items()),
+        "Made": utils.now(),
+    }
+    page_path = args.outpath / "report.html"
+    page.write_page(page_path, facts, table, region_table, runs, maps, space)
     print(table[list(SHOWN)].to_string(index=False, float_format="%.3f"))
-    print(args.outpath / "comparison.csv", args.outpath / "report.html", sep="\n")
+    print(args.outpath / "comparison.csv", page_path, sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main, parse_args()))
+    sys.exit(run_script(main, parse_args()))

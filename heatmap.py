@@ -8,8 +8,8 @@
 LRP: layer-wise relevance propagation, β-rule. IG: integrated gradients from baseline 0. GGC: guided
 Grad-CAM at the last convolution. All explain the logit of --target.
 
-Typed again, an interrupted command goes on with the folds that are not finished. Under torchrun
-the scans of each fold are shared among the processes.
+The same command, typed again, resumes with the folds that are not finished. Under torchrun the
+scans of each fold are shared among the processes.
 
 Written to --outpath, {M} being the method: {M}_map_f*.nii.gz, their mean {M}_map_all.nii.gz with
 .json, .png and .html beside it, {M}_predictions.csv, mean_scan.nii.gz, {M}_run.json, heatmap.log.
@@ -18,52 +18,76 @@ Written to --outpath, {M} being the method: {M}_map_f*.nii.gz, their mean {M}_ma
 import argparse
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 import attribution
-import checkpoints
 import dataset
-import devices
-import explaining
-import files
-import heatmap_run
-import loading
-import map_files
-import maps
 import models
-import ranks
-import rehearsal
-import runs
-import trained_run
 import utils
-from trained_run import Fold
-from utils import log
+from loading import image
+from reporting import maps, pictures
+from reporting.maps import ExplainedScan, FoldMaps, RunningMean
+from run_folder import checkpoints, files, folds, trained_run
+from run_folder.processes import from_first, run_script
+from run_folder.run import RunFolder, locked, new_record
+from run_folder.trained_run import TrainedFold
+from utils import RunError, log
+
+N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
+OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
+OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ()}
+CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
+
+
+# Runs
+
+
+def stem_of(args: argparse.Namespace, method: str) -> str:
+    """Return what the names of a method's files begin with."""
+    return f"{method}_random" if args.randomize else method
+
+
+def parameters_of(args: argparse.Namespace, method: str) -> dict:
+    """Return a method's own parameters."""
+    return {"LRP": {"beta": args.beta}, "IG": {"n_steps": args.steps}, "GGC": {}}[method]
+
+
+def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
+    """Return the run of one method in --outpath."""
+    stem = stem_of(args, method)
+    results = (
+        f"{stem}_predictions_f*.csv", f"{stem}_predictions.csv", f"{stem}_map_f*.nii.gz",
+        *(f"{stem}_map_{name}{fold}.nii.gz" for name in maps.OUTCOMES for fold in ("", "_f*")),
+        *(f"{stem}_map_all.{suffix}" for suffix in ("nii.gz", "json", "png", "html")),
+        f"{stem}_subjects/[0-9]*_f*.nii.gz",
+    )  # fmt: skip
+    compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *(["seed"] * args.randomize), *CONTENTS)
+    shared = ("mean_scan.nii.gz", "mean_scan_f*.nii.gz")
+    return RunFolder(args.outpath, stem, record, compared, results, shared)
+
 
 # One fold
 
 
 def set_weights(
-    args: argparse.Namespace, model: nn.Module, fold: Fold, records: dict[str, dict]
+    args: argparse.Namespace, model: nn.Module, fold: TrainedFold, expected_sha256: str
 ) -> None:
     """Give the model the fold's trained weights or, with --randomize, freshly drawn ones.
 
-    Raises
-    ------
-    RunError
-        If the weights are not those that the run began with.
-
-    References
-    ----------
-    Adebayo et al., NeurIPS 2018, arXiv:1810.03292
+    Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
     """
     if not args.randomize:
-        heatmap_run.check_weights(fold, records)
-        checkpoints.load_weights(model, fold.checkpoint_path)
+        if files.sha256(fold.checkpoint_path) != expected_sha256:
+            raise RunError(
+                f"{fold.checkpoint_path} has changed since these maps were begun: when training is "
+                "done, start anew with --overwrite"
+            )
+        checkpoints.load_weights(fold.checkpoint_path, model)
         return
     utils.seed_everything(args.seed, fold.number)
     for module in model.modules():
@@ -71,115 +95,163 @@ def set_weights(
             module.reset_parameters()
 
 
+def explain(
+    args: argparse.Namespace, method: str, model: nn.Module, scans: torch.Tensor,
+    targets: torch.Tensor, place: str,
+) -> np.ndarray:  # fmt: skip
+    """Return a method's maps of some scans, float32 of shape (N, D, H, W)."""
+    options = parameters_of(args, method) | ({"batch_size": args.batch} if method == "IG" else {})
+    try:
+        with torch.enable_grad():
+            maps_data = attribution.METHODS[method](model, scans, targets, **options)
+    except FloatingPointError as error:
+        raise RunError(f"{method} of {place}: {error}") from None
+    return maps_data[:, 0].cpu().numpy()
+
+
+@torch.no_grad()
 def explain_fold(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, methods: list[str],
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, methods: list[str],
     model: nn.Module, device: torch.device,
-) -> tuple[dict[str, maps.FoldResult], maps.RunningMean]:  # fmt: skip
-    """Explain a fold's scans; return each method's result and the mean scan.
-
-    Under torchrun the scans are shared among the job's processes.
-    """
-    scans = dataset.ScanDataset(cohort.table, fold.rows[ranks.rank() :: ranks.world_size()])
-    loader = DataLoader(
-        scans, args.batch, num_workers=args.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=loading.ignore_interrupts,
-    )  # fmt: skip
-    n_at_once = dict.fromkeys((*methods, explaining.FORWARD), args.batch)
-    explainer = explaining.Explainer(model, heatmap_run.method_options(args), n_at_once)
-    zero_logits = explainer.logits(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0]
-    results, mean_scan = {method: maps.FoldResult() for method in methods}, maps.RunningMean()
-    bar = utils.progress(None, f"fold {fold.number}", total=len(scans), unit="scan", leave=False)
-
-    def take_in(method: str, rows: list[int], found: np.ndarray, *about_scans) -> None:
-        """Add the maps of a batch, and a row of the table for each."""
-        described = maps.describe_scans(method, fold.number, found, zero_logits, *about_scans)
-        for row, line, map_data in zip(rows, described, found, strict=True):
-            if scan_maps:
-                line["map"] = scan_maps[method].name_of(row)
-            results[method].add(row, line, map_data, args.by_outcome)
-
-    with bar, files.Background() as writer, files.Background(n_threads=1) as adder:
-        scan_maps = {
-            m: map_files.ScanMaps(
-                args.outpath, heatmap_run.stem_of(args, m), cohort, fold.number, writer
+) -> tuple[list[FoldMaps], RunningMean]:  # fmt: skip
+    """Explain a fold's scans, shared among the job's processes; return maps and the mean scan."""
+    found, mean_scan = [], RunningMean()
+    for method in methods:
+        by_outcome = {name: RunningMean() for name in maps.OUTCOMES} if args.by_outcome else {}
+        found.append(
+            FoldMaps(
+                method, stem_of(args, method), fold.number, args.outpath, cohort.like_img,
+                args.save_subjects, by_outcome,
             )
-            for m in (methods if args.save_subjects else [])
-        }
-        for volumes, labels, rows in loading.batches(loader):
-            for volume in volumes:
-                adder.submit(mean_scan.add, volume[0].numpy())
-            volumes, rows = volumes.to(device, non_blocking=True), rows.tolist()
-            logits = explainer.logits(volumes)
-            targets = maps.choose_targets(args.target, labels, logits.argmax(1))
-            paths = cohort.table["path"].iloc[rows].tolist()
-            for method in methods:
-                found = scan_maps[method].read(rows) if scan_maps else None
-                if found is None:
-                    found = explainer.maps(method, volumes, targets.to(device), paths).numpy()
-                    if scan_maps:
-                        scan_maps[method].write(rows, found)
-                adder.submit(take_in, method, rows, found, paths, labels, logits, targets)
-            bar.update(len(rows))
-    if scans.n_nonfinite.any():
-        log.warning("fold %d: %d non-finite voxels set to 0", fold.number, scans.n_nonfinite.sum())
-    for gathering in (*results.values(), mean_scan):
-        gathering.gather(cohort.volume_shape)
-    return results, mean_scan
-
-
-def rehearse(
-    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[Fold], model: nn.Module,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Print what the run would take, from maps of the first scans."""
-    n_at_once = dict.fromkeys(args.method, args.batch)
-    explainer = explaining.Explainer(model, heatmap_run.method_options(args), n_at_once)
-    paths = cohort.table["path"].iloc[: args.batch].tolist()
-    explain = {
-        method: lambda volumes, targets, method=method: explainer.maps(
-            method, volumes, targets, paths
+        )  # fmt: skip
+    zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu()
+    rows = fold.rows[utils.rank() :: utils.world_size()]
+    parts = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
+    batches = cohort.volumes(None, args.workers).batches(rows, args.batch, device)
+    bar = utils.progress(parts, f"fold {fold.number}", leave=False)
+    for part, (volumes, labels) in zip(bar, batches, strict=True):
+        logits = model(volumes)
+        targets = {"label": labels, "predicted": logits.argmax(1)}.get(args.target)
+        if targets is None:
+            targets = torch.full_like(labels, int(args.target))
+        columns = (
+            part.tolist(),
+            cohort.table["path"].iloc[part],
+            labels.tolist(),
+            targets.tolist(),
         )
-        for method in args.method
-    }
-    n_scans = sum(len(fold.rows) for fold in plan)
-    n_maps = (len(maps.OUTCOMES) + 1 if args.by_outcome else 1) * (len(plan) + 1)
-    n_maps += n_scans if args.save_subjects else 0
-    text, disk_needs = rehearsal.describe_explaining(
-        cohort, explain, args.batch, n_scans, n_maps, device, args.outpath
-    )
-    print(text)
-    rehearsal.check_disks(disk_needs)
+        scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu(), strict=True)]
+        for volume in volumes.cpu().numpy():
+            mean_scan.add(volume[0])
+        for each in found:
+            of_scans = each.saved(scans)
+            if of_scans is None:
+                place = f"{', '.join(scan.path for scan in scans)} in fold {fold.number}"
+                of_scans = explain(args, each.method, model, volumes, targets, place)
+            for scan, map_data in zip(scans, of_scans, strict=True):
+                each.add(scan, map_data, zero_logits)
+    for each in found:
+        each.gather()
+    mean_scan.gather(cohort.volume_shape)
+    return found, mean_scan
 
 
 def work_on_fold(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: Fold, records: dict[str, dict],
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, runs: dict[str, RunFolder],
     model: nn.Module, device: torch.device,
 ) -> None:  # fmt: skip
     """Explain a fold by the methods that have not yet done so, and write its files."""
-    with contextlib.ExitStack() as locks:
-        for method in sorted(args.method) if ranks.is_first() else []:
-            kind = heatmap_run.kind_of(args, method)
-            lock = runs.at_work(args.outpath, kind, [fold.number], records[method])
-            locks.enter_context(lock)
-        methods = ranks.from_first(lambda: heatmap_run.unfinished_methods(args, fold))
+    with contextlib.ExitStack() as held:
+
+        def hold_all() -> list[str]:
+            is_todo = {m: held.enter_context(run.hold(fold.number)) for m, run in runs.items()}
+            return [method for method, is_unfinished in is_todo.items() if is_unfinished]
+
+        methods = from_first(hold_all)
         if not methods:
+            log.info("fold %d is explained already", fold.number)
             return
-        set_weights(args, model, fold, records)
-        results, mean_scan = explain_fold(args, cohort, fold, methods, model, device)
-        if ranks.is_first():
-            scan_path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
-            files.write_map(scan_path, mean_scan.mean(), cohort.like_img)
-            for method, result in results.items():
-                stem = heatmap_run.stem_of(args, method)
-                map_files.write_fold(args.outpath, stem, fold.number, result, cohort.like_img)
+        record = runs[methods[0]].record
+        set_weights(args, model, fold, record["modelpath_sha256"][fold.checkpoint_path.name])
+        found, mean_scan = explain_fold(args, cohort, fold, methods, model, device)
+        if utils.is_first():
+            with locked(args.outpath, "mean_scan", wait=True):
+                path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
+                image.write_image(path, mean_scan.mean(), cohort.like_img)
+            for each in found:
+                each.write()
+
+
+# All folds
+
+
+def assemble(
+    args: argparse.Namespace, cohort: dataset.Cohort, method: str, run: RunFolder
+) -> list[Path]:
+    """Write what a method found over all folds; return the files."""
+    stem, n_folds = stem_of(args, method), run.record["n_folds"]
+    with locked(args.outpath, "mean_scan", wait=True):
+        table, written = maps.assemble(
+            args.outpath, stem, n_folds, args.by_outcome, cohort.like_img
+        )
+    error = None if method == "GGC" else float(table["completeness_error"].median())
+    if error is not None:
+        is_large = method == "IG" and error > maps.IG_TOLERANCE
+        say, advice = (log.warning, "; more --steps lower it") if is_large else (log.info, "")
+        say("%s: median completeness error %.2g%s", method, error, advice)
+    checkpoints_sha256 = dict(run.record["modelpath_sha256"])
+    checkpoints_sha256.pop("splits.csv", None)
+    sidecar = {
+        "method": method,
+        "random_weights": args.randomize,
+        "parameters": parameters_of(args, method),
+        "target": args.target,
+        "subjects": args.subjects,
+        "model": args.model,
+        "seed": args.seed,
+        "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
+        "background": maps.MEAN_SCAN,
+        "median_completeness_error": error,
+        "checkpoints_sha256": checkpoints_sha256,
+        "versions": utils.versions(),
+    }
+    map_stem = args.outpath / f"{stem}_map_all"
+    files.write_json(map_stem.with_suffix(".json"), sidecar)
+    title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
+    drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
+    return [*written, map_stem.with_suffix(".json"), *drawn]
+
+
+def dry_run(
+    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[TrainedFold], model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Say what the run would take, from maps of the first scans; write nothing."""
+    n_scans = sum(len(fold.rows) for fold in plan)
+    print(f"scans to explain, over all folds: {n_scans}")
+    rows = np.arange(args.batch) % len(cohort.scans)
+    scans, labels = next(cohort.volumes(None, args.workers).batches(rows, args.batch, device))
+    for method in args.method:
+        for _ in range(N_REHEARSED):
+            start = time.perf_counter()
+            explain(args, method, model, scans, labels, "the first scans")
+            seconds = (time.perf_counter() - start) / args.batch
+        print(
+            f"{method}: {seconds:.3g} s a scan, {seconds * n_scans / 3600:.3g} h in all, peak "
+            f"memory {utils.peak_gb(device):.3g} GB"
+        )
+    n_maps = (len(plan) + 1) * (5 if args.by_outcome else 1) + n_scans * args.save_subjects
+    maps_gb = len(args.method) * n_maps * 4e-9 * np.prod(cohort.volume_shape)
+    print(*files.check_room({"maps": (maps_gb, args.outpath)}), sep="\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    utils.add_cohort_options(parser)
-    utils.add_device_option(parser)
+    parser = utils.make_parser(
+        __doc__, "--path", "--outpath", "--seed", "--device", "--workers", "--only-fold",
+        "--dry-run", "--overwrite",
+    )  # fmt: skip
     option = parser.add_argument
     # fmt: off
     option("--modelpath", type=Path, required=True, metavar="DIR",
@@ -188,7 +260,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--method", required=True, nargs="+", choices=list(attribution.METHODS),
            help="one or more")
     option("--fold", type=number(int, at_least=1), default=None,
-           help=f"folds of the run; left out: as its run.json says, or {trained_run.N_FOLDS}")
+           help=f"folds of the run; left out: as its run.json says, or {folds.N_FOLDS}")
     option("--batch", type=number(int, at_least=1), default=1,
            help="volumes, or IG steps, per pass")
     option("--steps", type=number(int, at_least=2), default=attribution.N_STEPS,
@@ -204,54 +276,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--randomize", action="store_true",
            help="explain freshly drawn weights instead: what the architecture alone highlights, a "
                 "control for the maps, in files named {M}_random_*")
-    option("--only-fold", type=number(int, at_least=0), default=None, metavar="FOLD",
-           help="explain this fold only; whoever finishes the last one puts all together")
-    option("--overwrite", action="store_true", help="start anew where --outpath holds other maps")
-    option("--dry-run", action="store_true",
-           help="check everything, say what it would take, and write nothing")
-    option("--workers", type=number(int, at_least=0), default=utils.N_WORKERS,
-           help="processes that read scans; 0: the main process reads")
     # fmt: on
     args = parser.parse_args(argv)
     args.method = list(dict.fromkeys(args.method))
     return args
 
 
-def check_input(
-    args: argparse.Namespace,
-) -> tuple[torch.device, dataset.Cohort, nn.Module, list[Fold]]:
-    """Return device, cohort, model and the folds to explain, or say what is wrong."""
-    device = devices.select_device(args.device)
-    cohort = dataset.read_cohort(args.path)
-    model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
-    plan = trained_run.plan_folds(args, cohort)
-    for fold in plan:
-        checkpoints.load_weights(model, fold.checkpoint_path)
-    return device, cohort, model, plan
-
-
 def main(args: argparse.Namespace) -> None:
     """Explain every fold's scans, then put the folds together."""
     utils.start_log()
-    devices.set_precision("fp32")
-    device, cohort, model, plan = ranks.agreed(lambda: check_input(args))
-    args.fold = len(plan)
-    records = ranks.from_first(lambda: heatmap_run.start_methods(args, cohort, plan))
+    utils.set_precision("fp32")
+    device = utils.find_device(args.device)
+    cohort = dataset.read_cohort(args.path)
+    model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
+    facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
+    of_run = {key: facts[key] for key in ("model", "volume_shape", "affine")}
+    only_held_out = args.subjects == "test"
+    plan = trained_run.plan(args.modelpath, of_run, args.fold, cohort.table, only_held_out)
+    args.fold = facts["n_folds"] = len(plan)
+    wanted = folds.asked_for(args.fold, args.only_fold, args.overwrite)
+    for fold in plan:
+        checkpoints.load_weights(fold.checkpoint_path, model)
+    facts["modelpath_sha256"] = trained_run.checksums(args.modelpath, plan, only_held_out)
+    record = new_record("heatmap.py", vars(args), **facts)
+    runs = {method: make_run(args, method, record) for method in args.method}
+    for run in runs.values():
+        run.check(args.overwrite)  # nothing is written yet
     if args.dry_run:
-        return rehearse(args, cohort, plan, model, device) if ranks.is_first() else None
-    utils.start_log(args.outpath / utils.log_name("heatmap", args.only_fold))
-    log.info(
-        "%s of %d folds on %s", " ".join(args.method), len(plan), devices.describe_device(device)
-    )
+        return dry_run(args, cohort, plan, model, device) if utils.is_first() else None
+    runs = from_first(lambda: {m: run.start(args.overwrite) for m, run in runs.items()})
+    utils.start_log(args.outpath / "heatmap.log", args.only_fold)
+    device_text = utils.describe_device(device)
+    log.info("%s of folds %s on %s", " ".join(args.method), wanted, device_text)
+
     with utils.log_above_bars():
-        for fold in utils.progress(plan, "folds"):
-            if args.only_fold in (None, fold.number):
-                work_on_fold(args, cohort, fold, records, model, device)
-    if ranks.is_first():
-        print(*heatmap_run.assemble(args, cohort, plan, records), sep="\n")
+        for fold in utils.progress(wanted, "folds"):
+            work_on_fold(args, cohort, plan[fold], runs, model, device)
+    if utils.is_first():
+        written = {}
+        for method, run in runs.items():
+            with run.finish() as is_complete:
+                if is_complete:
+                    written |= dict.fromkeys(assemble(args, cohort, method, run))
+        print(*written, sep="\n")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     kept = "Finished folds are kept, with --save-subjects also scans"
-    sys.exit(utils.run_script(main, arguments, f"{kept}: {runs.how_to_go_on(arguments)}."))
+    sys.exit(run_script(main, arguments, kept))

@@ -22,11 +22,12 @@ import numpy as np
 import pandas as pd
 from nilearn import datasets
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
-from tqdm import tqdm
 
-import files
-import overlap
 import utils
+from comparing.overlap import bounding_box
+from loading.image import write_image
+from run_folder import files
+from run_folder.processes import run_script
 
 ORIGIN_MM = (-96, -132, -78)
 GRID_AT_1MM = (193, 229, 193)
@@ -58,19 +59,17 @@ MNI_CODE = 4  # NIfTI xform code of MNI 152 space
 
 @dataclass(frozen=True)
 class Template:
-    """What all scans are made from, on the template's own 1 mm grid.
+    """What scans are made from, on the template's own 1 mm grid, smoothed to the cohort's voxel.
 
     Attributes
     ----------
     affine : array, shape (4, 4)
-    t1_data : float32 array
-        T1 intensity, smoothed to the voxel size of the cohort; 0 outside the brain.
-    brain_data : float32 array
-        Share of brain in each voxel, smoothed likewise.
+    t1_data, brain_data : float32 arrays
+        T1 intensity, 0 outside the brain; share of brain in each voxel.
     loss_data : dict of str to (tuple of slice, float32 array)
         Per region: the box it fills, and in it the T1 change that losing all its tissue makes.
     weight_data : float32 array
-        Share of tissue at stake, over all regions, smoothed likewise.
+        Share of tissue at stake, over all regions.
     """
 
     affine: np.ndarray
@@ -99,7 +98,7 @@ def load_template(voxel_mm: float) -> Template:
     overlap_data = np.maximum(1, sum(kernels.values()))  # no voxel loses more than it has
     loss_data = {}
     for name, kernel_data in kernels.items():
-        box = overlap.bounding_box(kernel_data > NEGLIGIBLE)
+        box = bounding_box(kernel_data > NEGLIGIBLE)
         share_data = grey_data[box] * kernel_data[box] / overlap_data[box] * brain_data[box]
         loss_data[name] = (box, smooth(share_data * (CSF_INTENSITY - t1_data[box]), blur_vox))
     weight_data = grey_data * np.minimum(1, sum(kernels.values())) * brain_data
@@ -119,12 +118,16 @@ def region_kernel(img: nib.Nifti1Image, centre_mm: tuple, fwhm_mm: float) -> np.
     return np.einsum("i,j,k->ijk", *profiles)
 
 
-def cohort_grid(voxel_mm: float) -> tuple[tuple[int, ...], np.ndarray]:
-    """Return the shape and affine of the cohort's scans."""
+def cohort_grid(voxel_mm: float) -> nib.Nifti1Image:
+    """Return an empty image on the grid of the cohort's scans, in MNI space."""
     shape = tuple(int(np.ceil(side / voxel_mm)) for side in GRID_AT_1MM)
     affine = np.diag([voxel_mm, voxel_mm, voxel_mm, 1.0])
     affine[:3, 3] = ORIGIN_MM
-    return shape, affine
+    like_img = nib.Nifti1Image(np.zeros(shape, dtype=np.float32), affine)
+    like_img.set_sform(affine, MNI_CODE)
+    like_img.set_qform(affine, MNI_CODE)
+    like_img.header.set_xyzt_units("mm")
+    return like_img
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.ndarray:
@@ -138,34 +141,22 @@ def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.
     return fine_data[tuple(slice(m, m + side) for m, side in zip(margin, shape, strict=True))]
 
 
-def template_coordinates(template: Template, shape: tuple, affine: np.ndarray) -> np.ndarray:
+def template_coordinates(template: Template, like_img: nib.Nifti1Image) -> np.ndarray:
     """Return where each voxel of the cohort's grid lies in the template, in template voxels."""
-    to_template = np.linalg.inv(template.affine) @ affine
-    grid = np.indices(shape, dtype=np.float32).reshape(3, -1)
+    to_template = np.linalg.inv(template.affine) @ like_img.affine
+    grid = np.indices(like_img.shape, dtype=np.float32).reshape(3, -1)
     moved = to_template[:3, :3].astype(np.float32) @ grid + to_template[:3, 3:].astype(np.float32)
-    return moved.reshape(3, *shape)
+    return moved.reshape(3, *like_img.shape)
 
 
 def simulate_scan(
     template: Template, coordinates: np.ndarray, voxel_mm: float, severities: dict[str, float],
     rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
-    """Return one scan: tissue loss, other anatomy, bias field, gain and noise.
+    """Return one scan, (D, H, W): tissue loss, other anatomy, bias field, gain and noise.
 
-    Parameters
-    ----------
-    template : Template
-    coordinates : float32 array, shape (3, D, H, W)
-        Of the scan's voxels in the template.
-    voxel_mm : float
-    severities : dict of str to float
-        Share of the tissue lost, per region.
-    rng : numpy Generator
-
-    Returns
-    -------
-    float32 array, shape (D, H, W)
-        0 outside the brain, as in skull-stripped scans.
+    `coordinates`, (3, D, H, W), are those of its voxels in the template; `severities` say which
+    share of its tissue each region loses. It is 0 outside the brain, as skull-stripped scans are.
     """
     shape = coordinates.shape[1:]
     t1_data = template.t1_data.copy()
@@ -183,51 +174,30 @@ def simulate_scan(
     return np.where(in_brain, np.hypot(real, imaginary), 0).astype(np.float32)
 
 
-def draw_severities(
-    rng: np.random.Generator, label: int, severity_range: tuple[float, float]
-) -> dict[str, float]:
-    """Draw how much tissue each region of one person has lost."""
-    factor = 1.0 if label == 1 else CONTROL_SEVERITY
-    return {name: factor * rng.uniform(*severity_range) for name in REGIONS}
-
-
-def save_scan(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI file in MNI space."""
-    img = nib.Nifti1Image(data, affine)
-    img.set_sform(affine, MNI_CODE)
-    img.set_qform(affine, MNI_CODE)
-    img.header.set_xyzt_units("mm")
-    with files.whole_file(path) as temporary_path:
-        nib.save(img, temporary_path)
-
-
 def write_truth(
-    outpath: Path, template: Template, coordinates: np.ndarray, affine: np.ndarray
+    outpath: Path, template: Template, coordinates: np.ndarray, like_img: nib.Nifti1Image
 ) -> int:
     """Write truth and brain in the template's own anatomy; return how many voxels are true."""
     weight_data = map_coordinates(template.weight_data, coordinates, order=1)
     truth_data = weight_data > TRUTH_THRESHOLD
-    save_scan(outpath / "truth_weights.nii.gz", weight_data.astype(np.float32), affine)
-    save_scan(outpath / "truth.nii.gz", truth_data.astype(np.uint8), affine)
+    write_image(outpath / "truth_weights.nii.gz", weight_data, like_img)
+    write_image(outpath / "truth.nii.gz", truth_data, like_img, np.uint8)
     brain_data = map_coordinates(template.brain_data, coordinates, order=1) > 0.5
-    save_scan(outpath / "brain.nii.gz", brain_data.astype(np.uint8), affine)
+    write_image(outpath / "brain.nii.gz", brain_data, like_img, np.uint8)
     return int(truth_data.sum())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    parser = utils.make_parser(__doc__, "--outpath", "--seed")
     option = parser.add_argument
     # fmt: off
-    option("--outpath", type=Path, required=True, metavar="DIR",
-           help="output folder, created if missing")
     option("--n", type=number(int, at_least=2), default=120, help="scans, half of them patients")
     option("--voxel", type=number(float, at_least=1, below=20), default=4.0,
            help="voxel side in mm; 1 gives the paper's 193×229×193 grid")
     option("--severity", type=number(float, at_least=0), nargs=2, default=(0.3, 0.7),
            metavar=("LOW", "HIGH"), help="share of a patient's tissue lost, drawn per region")
-    option("--seed", type=number(int, at_least=0), default=0, help="seed of all random draws")
     # fmt: on
     args = parser.parse_args(argv)
     low, high = args.severity
@@ -239,27 +209,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Simulate a cohort."""
     utils.start_log()
-    outpath = utils.make_outpath(args.outpath)
-    files.remove_leftovers(outpath)
-    template = load_template(args.voxel)
-    shape, affine = cohort_grid(args.voxel)
-    coordinates = template_coordinates(template, shape, affine)
-    n_true_voxels = write_truth(outpath, template, coordinates, affine)
+    outpath = files.make_outpath(args.outpath)
+    template, like_img = load_template(args.voxel), cohort_grid(args.voxel)
+    coordinates = template_coordinates(template, like_img)
+    n_true_voxels = write_truth(outpath, template, coordinates, like_img)
 
     rows, severities_of = [], {}
-    for index in tqdm(range(args.n), desc="simulating", unit="scan", disable=None):
+    for index in utils.progress(range(args.n), "simulating", unit="scan"):
         rng = np.random.default_rng([args.seed, index])
         label = index % 2
         name = f"sub-{index + 1:04d}.nii.gz"
-        severities = draw_severities(rng, label, args.severity)
+        factor = 1.0 if label == 1 else CONTROL_SEVERITY
+        severities = {region: factor * rng.uniform(*args.severity) for region in REGIONS}
         scan_data = simulate_scan(template, coordinates, args.voxel, severities, rng)
-        save_scan(outpath / name, scan_data, affine)
+        write_image(outpath / name, scan_data, like_img)
         rows.append({"path": name, "label": label})
         severities_of[name] = severities
 
     files.write_csv(outpath / "data.csv", pd.DataFrame(rows))
     settings = {key: value for key, value in vars(args).items() if key != "outpath"}
-    facts = {"shape": shape, "affine": affine.tolist(), "n_true_voxels": n_true_voxels}
+    affine = like_img.affine.tolist()
+    facts = {"shape": like_img.shape, "affine": affine, "n_true_voxels": n_true_voxels}
     regions = {
         name: {"centre_mm": centre, "fwhm_mm": fwhm} for name, (centre, fwhm) in REGIONS.items()
     }
@@ -272,4 +242,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main, parse_args()))
+    sys.exit(run_script(main, parse_args()))

@@ -1,5 +1,8 @@
-"""A tiny cohort and a tiny run that all tests share."""
+"""A tiny cohort and a tiny run that all tests share, and how tests start scripts on them."""
 
+import gc
+import re
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -8,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+import heatmap
 import train_cv
+from run_folder.processes import run_script
 
 torch.set_num_threads(1)  # tiny volumes: a second thread costs more than it gives
 
@@ -62,6 +67,37 @@ def train_arguments(csv_path: Path, outpath: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def explain_arguments(csv_path: Path, modelpath: Path, outpath: Path, *more: str) -> list[str]:
+    """Return the arguments of heatmaps of a run, by the cheapest method unless told."""
+    return [
+        "--path", str(csv_path), "--modelpath", str(modelpath), "--outpath", str(outpath),
+        "--model", "modelT8", "--method", "GGC", "--steps", "3", "--device", "cpu",
+        "--workers", "0", *more,
+    ]  # fmt: skip
+
+
+def explain(*arguments) -> None:
+    """Run heatmap.py; the arguments are those of `explain_arguments`."""
+    heatmap.main(heatmap.parse_args(explain_arguments(*arguments)))
+
+
+def exit_status(script, arguments: list) -> int:
+    """Run a script in this process and return its exit status."""
+    try:
+        args = script.parse_args(list(map(str, arguments)))
+    except SystemExit as stop:  # argparse
+        return stop.code
+    return run_script(script.main, args)
+
+
+def contents_below(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder with its bytes, None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
 def stop_at_call(n: int, function):
     """Return a function that stands in for another and raises at its n-th call."""
     n_calls = 0
@@ -87,6 +123,7 @@ def run_path(cohort_csv, tmp_path_factory) -> Path:
     """Return the folder of a finished run on the tiny cohort; tests must not change it."""
     outpath = tmp_path_factory.mktemp("run")
     train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, outpath)))
+    gc.freeze()  # nilearn collects garbage 14 times a picture, which takes most of its time
     return outpath
 
 
@@ -94,3 +131,30 @@ def run_path(cohort_csv, tmp_path_factory) -> Path:
 def folder(tmp_path) -> Path:
     """Return a folder with four scans, labels 0 1 0 1, that a test may spoil."""
     return write_cohort(tmp_path / "cohort", 4).parent
+
+
+@pytest.fixture
+def modelpath(run_path, tmp_path) -> Path:
+    """Return a copy of the run's folder that a test may spoil."""
+    return Path(shutil.copytree(run_path, tmp_path / "run"))
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys):
+    """Return a function that runs a script on input at fault and returns its message.
+
+    It must be one sentence, with exit status 2, and nothing may be written below tmp_path.
+    """
+
+    def run(script, arguments: list) -> str:
+        before = contents_below(tmp_path)
+        status = exit_status(script, arguments)
+        output = capsys.readouterr()
+        assert status == 2, output.err
+        assert len(re.findall(r"^(\S+: )?error: ", output.err, re.MULTILINE)) == 1
+        assert output.out == ""
+        assert "Traceback" not in output.err and len(output.err) < 20_000
+        assert contents_below(tmp_path) == before
+        return output.err
+
+    return run

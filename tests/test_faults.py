@@ -1,181 +1,185 @@
-"""What goes wrong in days of running: signals, kills, lost scans, full disks, no memory."""
+"""What goes wrong in days of running: kills, signals, two writers, lost scans, full disks."""
 
-import errno
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import nibabel as nib
 import pytest
 import torch
-from conftest import N_SCANS, train_arguments, write_cohort
+from conftest import N_SCANS, exit_status, train_arguments, write_cohort
+from processes import finish, heatmap_arguments, significant, start, wait_for
 
-import attribution
-import checkpoints
-import explaining
-import files
-import heatmap
-import heatmap_run
-import models
-import scan_files
 import train_cv
-import utils
-from errors import RunError
+from run_folder import checkpoints
+from utils import InputError
 
-ROOT = Path(train_cv.__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-N_KILLS = 10
+LONG = ("--epochs", "500", "--patience", "500")  # for longer than any test lasts
 
 
-def contents(outpath: Path) -> dict[str, bytes]:
-    """Return the bytes of what a finished run leaves, but for times."""
-    timed = ("run.json", "train_cv.log")
-    found = {p.name: p for p in outpath.iterdir() if p.is_file() and p.name not in timed}
-    return {
-        name: re.sub(rb",[^,]*\n", b"\n", path.read_bytes())  # seconds stand last
-        if name.startswith("history") else path.read_bytes()
-        for name, path in found.items()
-    }  # fmt: skip
+def epochs_of(outpath: Path, fold: int = 0) -> list[int]:
+    """Return the epochs that a fold's checkpoint tells of."""
+    path = checkpoints.checkpoint_path(outpath, fold)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return [epoch["epoch"] for epoch in content["state"]["history"]]
 
 
-def start(script: str, *arguments: object, **options) -> subprocess.Popen:
-    """Start a script as a process."""
-    command = [sys.executable, ROOT / script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
-        **options,
-    )  # fmt: skip
+# Kills and signals
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    """Wait until something has come true while a process runs."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+@pytest.mark.parametrize("n_kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_training_killed_at_random_moments_ends_the_same(cohort_csv, run_path, tmp_path, n_kills):
+    """SIGKILL while it decodes, trains or puts together; at the end nothing is left behind."""
+    chance = random.Random(n_kills)
+    log_path = tmp_path / "train_cv.log"
 
+    def n_starts() -> int:
+        return log_path.read_text().count("folds to train") if log_path.is_file() else 0
 
-def heatmap_arguments(cohort_csv: Path, run_path: Path, outpath: Path, *more: str) -> list[str]:
-    return ["--path", str(cohort_csv), "--modelpath", str(run_path), "--model", "modelT8",
-            "--outpath", str(outpath), "--method", "LRP", "--device", "cpu", "--workers", "0",
-            *more]  # fmt: skip
-
-
-# Signals
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "more", "advice"),
-    [
-        (signal.SIGTERM, 143, [], "the same command goes on"),
-        (signal.SIGINT, 130, ["--overwrite"], "the same command without --overwrite goes on"),
-    ],
-)
-def test_signals_stop_a_run_that_can_be_continued(
-    cohort_csv, tmp_path, number, status, more, advice
-):
-    """The message says how; the checkpoint of the last whole epoch is there; no traceback."""
-    more = ["--epochs", "500", "--patience", "500", *more]
-    arguments = train_arguments(cohort_csv, tmp_path, *more)
-    with start("train_cv.py", *arguments) as process:
-        wait_for((tmp_path / "checkpoint_f0.pt").is_file, process)
-        process.send_signal(number)
-        _, message = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert f"stopped by {number.name}" in message and advice in message
-    assert "Traceback" not in message
-    state = checkpoints.load(tmp_path / "checkpoint_f0.pt")["state"]
-    assert [epoch["epoch"] for epoch in state["history"]] == list(
-        range(1, len(state["history"]) + 1)
-    )
-    assert not list(tmp_path.rglob(f"{files.TEMPORARY_PREFIX}*"))
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_the_same(cohort_csv, run_path, tmp_path):
-    """SIGKILL, ten times: the same command goes on, and nothing is left behind."""
-    chance = random.Random(0)
-    arguments = train_arguments(cohort_csv, tmp_path)
     n_killed = 0
-    for _ in range(N_KILLS):
-        with start("train_cv.py", *arguments) as process:
-            time.sleep(chance.uniform(0.5, 7))
+    for _ in range(n_kills):
+        before = n_starts()
+        with start("train_cv.py", *train_arguments(cohort_csv, tmp_path)) as process:
+            wait_for(lambda before=before: n_starts() > before, process)
+            time.sleep(chance.uniform(0, 1))
             n_killed += process.poll() is None
             process.kill()
         for path in tmp_path.glob("*.csv"):
             assert path.read_bytes().endswith(b"\n")
-    with start("train_cv.py", *arguments) as process:
-        _, message = process.communicate(timeout=300)
-    assert process.returncode == 0, message
-    assert n_killed >= N_KILLS // 2
-    assert contents(tmp_path) == contents(run_path)
-    assert not list(tmp_path.rglob(f"{files.TEMPORARY_PREFIX}*"))
+    finish(start("train_cv.py", *train_arguments(cohort_csv, tmp_path)))
+    assert n_killed >= n_kills // 2
+    assert significant(tmp_path) == significant(run_path)
+    assert not list(tmp_path.glob(".tmp-*")) and not (tmp_path / ".cache").exists()
 
 
-def everything(outpath: Path) -> dict[str, bytes]:
-    """Return the bytes of all files below a folder, but for times and locks."""
-    return {
-        str(path.relative_to(outpath)): path.read_bytes()
-        for path in outpath.rglob("*")
-        if path.is_file() and not path.name.endswith(("run.json", ".log", ".lock", ".owner"))
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "begun", "number"),
-    [
-        ("heatmap.py", "IG_subjects/*_f0.nii.gz", signal.SIGKILL),
-        ("heatmap.py", "IG_subjects/*_f1.nii.gz", signal.SIGTERM),
-        ("svm.py", "predictions_f0.csv", signal.SIGTERM),
-    ],
-)
-def test_maps_that_are_stopped_end_the_same(cohort_csv, run_path, tmp_path, script, begun, number):
-    """At the first scan of a fold and, for the SVM, after its first fold."""
-
-    def arguments(name: str) -> list[str]:
-        if script == "svm.py":
-            return ["--path", str(cohort_csv), "--modelpath", str(run_path), "--workers", "0",
-                    "--outpath", str(tmp_path / name)]  # fmt: skip
-        found = heatmap_arguments(cohort_csv, run_path, tmp_path / name, "--save-subjects")
-        found[found.index("LRP")] = "IG"  # whose scans take long enough
-        return [*found, "--steps", "60"]
-
-    with start(script, *arguments("stopped")) as process:
-        wait_for(lambda: any((tmp_path / "stopped").glob(begun)), process)
-        process.send_signal(number)
+def test_sigterm_stops_a_run_that_the_same_command_resumes(cohort_csv, tmp_path):
+    """The message says so; the checkpoint of the last whole epoch is there; no traceback."""
+    with start("train_cv.py", *train_arguments(cohort_csv, tmp_path, *LONG)) as process:
+        wait_for((tmp_path / "checkpoint_f0.pt").is_file, process)
+        process.terminate()
         _, message = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -number)
-    assert "Traceback" not in message
-    assert not list((tmp_path / "stopped").glob("*_all.html"))
-    for name in ("stopped", "whole"):
-        with start(script, *arguments(name)) as process:
-            _, message = process.communicate(timeout=120)
-        assert process.returncode == 0, message
-    assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
+    assert process.returncode == 143 and "Traceback" not in message
+    assert "stopped by SIGTERM. Every whole epoch is kept; the same command resumes." in message
+    assert epochs_of(tmp_path) == list(range(1, len(epochs_of(tmp_path)) + 1))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.slow
+def test_heatmaps_that_are_killed_end_the_same(cohort_csv, run_path, tmp_path):
+    """At the first scan of the second fold; the scans' own maps are kept."""
+
+    def arguments(name: str) -> list[object]:
+        more = ("--method", "IG", "--steps", "60")  # whose scans take long enough
+        return heatmap_arguments(cohort_csv, run_path, tmp_path / name, *more)
+
+    with start("heatmap.py", *arguments("stopped")) as process:
+        wait_for(lambda: any((tmp_path / "stopped").glob("IG_subjects/*_f1.nii.gz")), process)
+        process.kill()
+    assert not list((tmp_path / "stopped").glob("*_all.*"))
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped" / "IG_subjects").glob("0*")}
+    for name in ("stopped", "whole"):
+        finish(start("heatmap.py", *arguments(name)))
+    assert kept and all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    assert significant(tmp_path / "stopped") == significant(tmp_path / "whole")
+
+
+# Two writers
+
+
 def test_a_second_process_is_told_of_the_first(cohort_csv, tmp_path):
-    arguments = train_arguments(cohort_csv, tmp_path, "--epochs", "500", "--patience", "500")
-    with start("train_cv.py", *arguments) as first:
+    """The same command, and one that would start anew; the first goes on, until SIGINT."""
+    arguments = train_arguments(cohort_csv, tmp_path, *LONG)
+    with start("train_cv.py", *arguments, "--overwrite") as first:
         wait_for((tmp_path / "checkpoint_f0.pt").is_file, first)
-        with start("train_cv.py", *arguments) as second:
-            _, message = second.communicate(timeout=60)
-        assert second.returncode == 2
-        assert f"process {first.pid} on host {os.uname().nodename} is at work" in message
-        first.kill()
-    with start("train_cv.py", *arguments) as third:  # takes over at once
-        n_epochs = (tmp_path / "train_cv.log").read_text().count("epoch")
-        wait_for(lambda: (tmp_path / "train_cv.log").read_text().count("epoch") > n_epochs, third)
-        third.kill()
+        record = (tmp_path / "run.json").read_bytes()
+        others = [start("train_cv.py", *arguments, *more) for more in ([], ["--overwrite"])]
+        for other in others:
+            _, message = other.communicate(timeout=120)
+            assert other.returncode == 2
+            owner = f"process {first.pid} on host {os.uname().nodename}"
+            assert f"error: {owner} works on {tmp_path} (run_fold_0)" in message
+        assert (tmp_path / "run.json").read_bytes() == record
+        n_epochs = len(epochs_of(tmp_path))
+        wait_for(lambda: len(epochs_of(tmp_path)) > n_epochs, first)
+        first.send_signal(signal.SIGINT)
+        _, message = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "stopped by SIGINT." in message
+    assert "the same command without --overwrite resumes." in message
+
+
+@pytest.mark.slow
+def test_a_job_array_on_one_folder_and_one_cache(cohort_csv, tmp_path):
+    """Three folds by three processes that start together: the same files as of one process."""
+    args = train_arguments(cohort_csv, tmp_path / "one", "--fold", "3")
+    train_cv.main(train_cv.parse_args(args))
+    arguments = train_arguments(cohort_csv, tmp_path / "three", "--fold", "3")
+    arguments += ["--cache-dir", tmp_path / "cache"]
+    tasks = [start("train_cv.py", *arguments, "--only-fold", fold) for fold in range(3)]
+    finish(*tasks)
+    assert significant(tmp_path / "three") == significant(tmp_path / "one")
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".npy"}
+    assert len(list((tmp_path / "cache").iterdir())) == N_SCANS
+    logs = {path.name for path in (tmp_path / "three").glob("*.log")}
+    assert logs == {f"train_cv_f{fold}.log" for fold in range(3)}
+
+
+@pytest.mark.slow
+def test_three_methods_on_one_folder_at_once(cohort_csv, run_path, tmp_path):
+    """They share the mean scan; the same files as of one process with all three."""
+
+    def arguments(name: str, *methods: str) -> list[object]:
+        more = ("--steps", "4", "--method", *methods)
+        return heatmap_arguments(cohort_csv, run_path, tmp_path / name, *more)
+
+    methods = ("LRP", "IG", "GGC")
+    finish(*[start("heatmap.py", *arguments("three", method)) for method in methods])
+    finish(start("heatmap.py", *arguments("one", *methods)))
+    assert significant(tmp_path / "three") == significant(tmp_path / "one")
+
+
+# Scans
+
+
+def test_a_run_resumes_on_a_copy_of_its_scans(cohort_csv, run_path, modelpath, tmp_path):
+    """Elsewhere, with other times: what counts is their sizes and the CSV's content."""
+    folder = Path(shutil.copytree(cohort_csv.parent, tmp_path / "copy"))
+    for path in folder.iterdir():
+        os.utime(path, (2e9, 2e9))  # a copy has times of its own
+    for path in [*modelpath.glob("*_f1.*"), modelpath / "metrics.csv"]:
+        path.unlink()
+    (modelpath / "checkpoint_f0.pt").write_bytes(b"left by a process killed just before it goes")
+    train_cv.main(train_cv.parse_args(train_arguments(folder / "data.csv", modelpath)))
+    assert significant(modelpath) == significant(run_path)
+    (folder / "scan03.nii.gz").write_bytes((folder / "scan03.nii.gz").read_bytes() + bytes(4))
+    with pytest.raises(InputError, match=r"scan_sizes_sha256 \w{12} \(the run has \w{12}\)"):
+        train_cv.main(train_cv.parse_args(train_arguments(folder / "data.csv", modelpath)))
+
+
+@pytest.mark.parametrize("n_workers", ["0", "2"])
+def test_a_scan_that_disappears_is_named_and_the_rest_kept(
+    tmp_path, capsys, monkeypatch, n_workers
+):
+    """In one sentence, at the first epoch that lacks it."""
+    csv_path, outpath = write_cohort(tmp_path / "cohort"), tmp_path / "run"
+    scan_path, load = csv_path.parent / "scan05.nii.gz", nib.load
+
+    def lose_a_scan(path, *rest, **options):
+        if (outpath / "predictions_f0.csv").is_file() and Path(path) == scan_path:
+            scan_path.unlink(missing_ok=True)
+        return load(path, *rest, **options)
+
+    arguments = train_arguments(csv_path, outpath, "--no-cache", "--workers", n_workers)
+    monkeypatch.setattr(nib, "load", lose_a_scan)
+    assert exit_status(train_cv, arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: a scan cannot be read: {scan_path}")
+    assert (outpath / "state_dict_f0.pth").is_file() and not list(outpath.glob("*_f1.*"))
 
 
 # Disks
@@ -194,178 +198,24 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_damages_nothing(cohort_csv, run_path, small_disk):
-    """The message says how much is needed; with more space the same command ends the same."""
-    arguments = train_arguments(cohort_csv, small_disk / "run", "--no-cache")
-    with start("train_cv.py", *arguments, "--epochs", "500", "--patience", "500") as process:
-        wait_for((small_disk / "run" / "checkpoint_f0.pt").is_file, process)
+def test_a_disk_that_fills_damages_nothing(cohort_csv, small_disk):
+    """The message says how much is needed; with more space the same command resumes."""
+    outpath, more = small_disk / "run", ("--no-cache", *LONG)
+    with start("train_cv.py", *train_arguments(cohort_csv, outpath, *more)) as process:
+        wait_for((outpath / "checkpoint_f0.pt").is_file, process)
         process.terminate()
-    ballast = small_disk / "ballast"
-    before = checkpoints.load(small_disk / "run" / "checkpoint_f0.pt")
+    ballast, before = small_disk / "ballast", epochs_of(outpath)
     with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(bytes(4096))
-    with start("train_cv.py", *arguments, "--epochs", "500", "--patience", "500") as process:
-        _, message = process.communicate(timeout=60)
-    assert process.returncode == 1
+    with start("train_cv.py", *train_arguments(cohort_csv, outpath, *more)) as process:
+        _, message = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in message
     assert re.search(r"the disk is full: up to [\d.]+ MB are needed, [\d.]+ MB are free", message)
-    assert "Traceback" not in message
-    after = checkpoints.load(small_disk / "run" / "checkpoint_f0.pt")
-    assert len(after["state"]["history"]) >= len(before["state"]["history"])
+    assert len(epochs_of(outpath)) >= len(before)
+    assert not list(outpath.glob(".tmp-*"))
     ballast.unlink()
-    with start(
-        "train_cv.py", *train_arguments(cohort_csv, small_disk / "other", "--no-cache")
-    ) as p:
-        _, message = p.communicate(timeout=120)
-    assert p.returncode == 0, message
-    assert contents(small_disk / "other") == contents(run_path)
-
-
-def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    """What stood there before stays, whole."""
-    path = tmp_path / "table.csv"
-    path.write_text("before")
-
-    def full(self, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    expected = r"table.csv cannot be written, the disk is full: up to 5\.0 MB are needed"
-    with pytest.raises(RunError, match=expected):
-        files.write_bytes(path, bytes(5_000_000))
-    assert path.read_text() == "before"
-    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
-
-
-@pytest.fixture
-def closed_folder(tmp_path):
-    """Return a folder that this user may not write in: for root one on a read-only disk."""
-    folder = tmp_path / "closed"
-    folder.mkdir(mode=0o555)
-    if os.getuid():
-        yield folder
-        return
-    mounting = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("root may write everywhere, and mounting a read-only disk is not allowed")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("below", ["", "new/folder"])
-@pytest.mark.parametrize("script", ["train_cv.py", "heatmap.py"])
-def test_a_folder_without_write_permission(cohort_csv, run_path, closed_folder, script, below):
-    outpath = closed_folder / below
-    arguments = {
-        "train_cv.py": train_arguments(cohort_csv, outpath),
-        "heatmap.py": heatmap_arguments(cohort_csv, run_path, outpath),
-    }[script]
-    with start(script, *arguments) as process:
-        output, message = process.communicate(timeout=120)
-    assert process.returncode == 2, message
-    assert f"error: --outpath {outpath} cannot be used as a folder: " in message
-    assert "Traceback" not in message and output == ""
-    assert not list(closed_folder.iterdir())
-
-
-# Scans and their readers
-
-
-@pytest.mark.parametrize("n_workers", ["0", "2"])
-def test_a_scan_that_disappears_is_named_and_the_rest_kept(
-    tmp_path, capsys, monkeypatch, n_workers
-):
-    """In one sentence, without the traceback of the process that read it; the rest is kept."""
-    csv_path = write_cohort(tmp_path / "cohort")
-    arguments = train_arguments(csv_path, tmp_path / "run", "--no-cache", "--workers", n_workers)
-    args = train_cv.parse_args(arguments)
-    log_epoch = train_cv.log_epoch
-
-    def lose_a_scan(fold, *rest):
-        log_epoch(fold, *rest)
-        if fold == 1:
-            (csv_path.parent / "scan05.nii.gz").unlink(missing_ok=True)
-
-    monkeypatch.setattr(train_cv, "log_epoch", lose_a_scan)
-    assert utils.run_script(train_cv.main, args) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ") and "scan05.nii.gz cannot be read: " in message
-    assert (tmp_path / "run" / "predictions_f0.csv").is_file()
-    assert (tmp_path / "run" / "checkpoint_f1.pt").is_file()
-
-
-def test_a_reading_process_that_is_killed(cohort_csv, tmp_path, capsys, monkeypatch):
-    main_process, load_volume = os.getpid(), scan_files.load_volume
-
-    def die(file):
-        if os.getpid() != main_process and file.endswith("scan07.nii.gz"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load_volume(file)
-
-    monkeypatch.setattr(scan_files, "load_volume", die)
-    arguments = train_arguments(cohort_csv, tmp_path, "--no-cache", "--workers", "1")
-    assert utils.run_script(train_cv.main, train_cv.parse_args(arguments)) == 1
-    assert "error: a process that reads scans was killed" in capsys.readouterr().err
-
-
-# Memory
-
-
-def test_training_without_memory_names_the_batch(cohort_csv, tmp_path, capsys, monkeypatch):
-    def no_memory(self, volumes):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(models.CNN3D, "forward", no_memory)
-    assert utils.run_script(
-        train_cv.main, train_cv.parse_args(train_arguments(cohort_csv, tmp_path))
-    ) == 1  # fmt: skip
-    assert "out of memory in fold 0: use less than --batch 4 (CUDA" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["LRP", "IG"])
-def test_heatmaps_halve_their_batch(cohort_csv, run_path, tmp_path, monkeypatch, caplog, method):
-    """Down to what fits; the maps are those of small batches."""
-    monkeypatch.setattr(heatmap_run, "draw_map", lambda *_: [])
-    more = ["--steps", "8", "--batch"]
-    arguments = heatmap_arguments(cohort_csv, run_path, tmp_path / "small", *more, "2")
-    arguments[arguments.index("LRP")] = method
-    heatmap.main(heatmap.parse_args(arguments))
-    forward, largest = torch.nn.Conv3d.forward, []
-
-    def limited(layer, values):
-        if len(values) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        largest.append(len(values))
-        return forward(layer, values)
-
-    monkeypatch.setattr(torch.nn.Conv3d, "forward", limited)
-    arguments = heatmap_arguments(cohort_csv, run_path, tmp_path / "large", *more, "8")
-    arguments[arguments.index("LRP")] = method
-    heatmap.main(heatmap.parse_args(arguments))
-    assert max(largest) == 2
-    for work in ("forward pass", method):
-        assert f"{work}: out of memory, 4 at once from here on" in caplog.text
-    name = f"{method}_map_all.nii.gz"
-    found = [scan_files.nib.load(tmp_path / f / name).get_fdata() for f in ("small", "large")]
-    assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[0]).max()
-
-
-def test_a_single_pass_that_does_not_fit(monkeypatch):
-    """Real lack of memory: torch's own message for an allocation that no machine has."""
-    monkeypatch.setitem(
-        attribution.METHODS, "LRP", lambda model, volumes, targets, **_: torch.empty(2**50)
-    )
-    explainer = explaining.Explainer(torch.nn.Identity(), {"LRP": {}}, {"LRP": 2})
-    volumes, targets = torch.zeros(2, 1, 3, 3, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RunError, match=r"LRP of a or b: memory does not suffice"):
-        explainer.maps("LRP", volumes, targets, ["a", "b"])
-    assert explainer.n_at_once == {"LRP": 1}
-
-
-def test_a_fault_of_the_background_writer_stops_the_run(tmp_path):
-    def fail():
-        raise RunError("the disk is full")
-
-    with pytest.raises(RunError, match="full"), files.Background() as writer:
-        writer.submit(fail)
-    assert N_SCANS > files.MAX_WAITING  # so that a fault shows before a fold ends
+    with start("train_cv.py", *train_arguments(cohort_csv, outpath, *more)) as process:
+        n_epochs = len(epochs_of(outpath))
+        wait_for(lambda: len(epochs_of(outpath)) > n_epochs, process)
+        process.kill()

@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nibabel as nib
-import numpy as np
 import pytest
-from conftest import N_FOLDS, train_arguments
-from processes import ENVIRONMENT, ROOT, finish, heatmap_arguments, significant, torchrun
+from conftest import N_FOLDS, N_SCANS, train_arguments
+from processes import ENVIRONMENT, ROOT, finish, heatmap_arguments, significant, start
 
 SLURM = ROOT / "examples" / "slurm"
+SCRIPTS = ("job_array.sh", "torchrun.sh")
 SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
 
 
@@ -48,17 +47,14 @@ def submit(script: str, cluster: dict[str, str], *arguments: object) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def svm_arguments(cohort_csv: Path, run_path: Path, outpath: Path) -> list[object]:
-    return ["--path", cohort_csv, "--modelpath", run_path, "--workers", "0", "--outpath", outpath]
-
-
-@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_slurm_scripts_are_shell(script):
-    assert subprocess.run(["bash", "-n", script], check=True).returncode == 0
-    assert "#SBATCH --time" in script.read_text()
+    assert sorted(path.name for path in SLURM.iterdir()) == list(SCRIPTS)
+    assert subprocess.run(["bash", "-n", SLURM / script], check=True).returncode == 0
+    assert "#SBATCH --time" in (SLURM / script).read_text()
 
 
-@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_what_srun_is_given(tmp_path, cluster, script):
     """Cores, a port of the job's own, the node's disk, and the end of all nodes with one."""
     (tmp_path / "bin" / "srun").write_text(
@@ -71,35 +67,29 @@ def test_what_srun_is_given(tmp_path, cluster, script):
     assert f"train_cv.py --fold 2 --{'only-fold 1 --' if 'array' in script else ''}cache" in given
     assert given.endswith(f"--cache-dir {tmp_path / 'scratch'}\n")
     submit(script, cluster, "heatmap.py", "--fold", "2")
-    assert "cache-dir" not in given_path.read_text()
+    given = given_path.read_text()
+    assert "cache-dir" not in given
     if script == "torchrun.sh":
         assert " --kill-on-bad-exit=1 torchrun " in given and "localhost:10007 " in given
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_training(cohort_csv, run_path, tmp_path, cluster, script):
-    """Bit for bit; the node's disk is clean."""
+    """Bit for bit; each scan is decoded once on the node's disk."""
     submit(script, cluster, "train_cv.py", *train_arguments(cohort_csv, tmp_path / "run"))
     assert significant(tmp_path / "run") == significant(run_path)
-    assert not list((tmp_path / "scratch").rglob("volumes.f32"))
+    assert len(list((tmp_path / "scratch").glob("*.npy"))) == N_SCANS
+    assert not (tmp_path / "run" / ".cache").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["job_array.sh", "torchrun.sh"])
-@pytest.mark.parametrize(
-    ("command", "arguments_of", "map_name"),
-    [
-        ("heatmap.py", heatmap_arguments, "LRP_map_all.nii.gz"),
-        ("svm.py", svm_arguments, "SVM_pattern_all.nii.gz"),
-    ],
-)
-def test_maps(cohort_csv, run_path, tmp_path, cluster, script, command, arguments_of, map_name):
-    submit(script, cluster, command, *arguments_of(cohort_csv, run_path, tmp_path / "slurm"))
-    finish(torchrun(1, command, *arguments_of(cohort_csv, run_path, tmp_path / "alone")))
-    names = {path.name for path in (tmp_path / "alone").iterdir()}
-    logs = {name for name in names if name.endswith(".log")}
-    assert names - logs <= {path.name for path in (tmp_path / "slurm").iterdir()}
-    expected, found = (nib.load(tmp_path / f / map_name).get_fdata() for f in ("alone", "slurm"))
-    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
-    assert not list((tmp_path / "scratch").rglob("volumes.f32"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_maps(cohort_csv, run_path, tmp_path, cluster, script):
+    submit(script, cluster, "heatmap.py", *heatmap_arguments(cohort_csv, run_path, tmp_path / "s"))
+    finish(start("heatmap.py", *heatmap_arguments(cohort_csv, run_path, tmp_path / "one")))
+    assert significant(tmp_path / "s").keys() == significant(tmp_path / "one").keys()
+    for path in (tmp_path / "one").rglob("*.nii.gz"):
+        found = nib.load(tmp_path / "s" / path.relative_to(tmp_path / "one")).get_fdata()
+        expected = nib.load(path).get_fdata()
+        assert abs(found - expected).max() <= 1e-6 * abs(expected).max()

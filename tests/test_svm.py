@@ -1,23 +1,19 @@
-"""The SVM against scikit-learn on the full matrix, and its pattern against the full covariance."""
+"""The SVM: scikit-learn's on the full matrix, in the networks' folds and format."""
 
-import logging
-import tracemalloc
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import N_FOLDS, N_SCANS, SHAPE, write_cohort
+from conftest import N_FOLDS, N_SCANS, SHAPE, exit_status, train_arguments, write_cohort
 from sklearn.svm import SVC
 
 import dataset
-import linear_svm
-import scan_files
 import svm
-import utils
-from volume_file import Volumes
+import train_cv
+from utils import InputError
 
 
 def fit(csv_path: Path, outpath: Path, *more: str) -> None:
@@ -26,7 +22,8 @@ def fit(csv_path: Path, outpath: Path, *more: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def svm_path(cohort_csv, run_path, tmp_path_factory):
+def svm_path(cohort_csv, run_path, tmp_path_factory) -> Path:
+    """Return the folder of an SVM on the network's folds; tests must not change it."""
     outpath = tmp_path_factory.mktemp("svm")
     fit(cohort_csv, outpath, "--modelpath", str(run_path), "--C", "0.01")
     return outpath
@@ -35,9 +32,9 @@ def svm_path(cohort_csv, run_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def matrix(cohort_csv) -> tuple[np.ndarray, np.ndarray]:
     """Return all scans as rows, float64, and their labels."""
-    table = dataset.read_cohort(cohort_csv).table
-    rows = [scan_files.load_volume(file)[0].ravel() for file in table["file"]]
-    return np.array(rows, dtype=np.float64), table["label"].to_numpy()
+    cohort = dataset.read_cohort(cohort_csv)
+    volumes = cohort.volumes(None, 0)
+    return np.stack([volumes[i].ravel() for i in range(N_SCANS)]).astype(float), cohort.labels
 
 
 def load(path: Path) -> np.ndarray:
@@ -45,7 +42,7 @@ def load(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fold", range(N_FOLDS))
-def test_weights_and_decisions_are_sklearns(svm_path, run_path, matrix, fold):
+def test_weights_intercept_and_decisions_are_sklearns(svm_path, run_path, matrix, fold):
     volumes, labels = matrix
     train = (pd.read_csv(run_path / "splits.csv")[f"fold_{fold}"] != "test").to_numpy()
     centred = volumes - volumes[train].mean(0)  # libsvm keeps inner products in float32
@@ -53,9 +50,15 @@ def test_weights_and_decisions_are_sklearns(svm_path, run_path, matrix, fold):
     found = load(svm_path / f"SVM_weights_f{fold}.nii.gz")
     assert np.abs(found - svc.coef_[0]).max() < 1e-6 * np.abs(svc.coef_).max()
     predictions = pd.read_csv(svm_path / "predictions.csv")[~train]
-    expected = svc.decision_function(centred[~train])
-    assert predictions["decision"].to_numpy() == pytest.approx(expected, abs=1e-6)
-    assert (predictions["predicted"] == svc.predict(centred[~train])).all()
+    decisions = predictions["decision"].to_numpy()
+    assert decisions == pytest.approx(svc.decision_function(centred[~train]), abs=1e-6)
+    assert (predictions["predicted"] == (decisions > 0)).all()
+    assert predictions["probability"].to_numpy() == pytest.approx(1 / (1 + np.exp(-decisions)))
+    intercepts = pd.read_csv(svm_path / "intercepts.csv")
+    assert list(intercepts.columns) == ["fold", "intercept"] and list(intercepts["fold"]) == [0, 1]
+    origin = volumes.mean(0)  # of all scans: the decisions' zero point
+    expected = decisions - (volumes[~train] - origin) @ found
+    assert intercepts["intercept"][fold] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("fold", range(N_FOLDS))
@@ -72,18 +75,17 @@ def test_pattern_is_the_covariances(svm_path, run_path, matrix, fold):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_means_and_files(svm_path):
+def test_means_and_files(svm_path, matrix):
     for name in svm.MAPS:
         fold_maps = [load(svm_path / f"SVM_{name}_f{fold}.nii.gz") for fold in range(N_FOLDS)]
         found = load(svm_path / f"SVM_{name}_all.nii.gz")
         assert np.abs(found - np.mean(fold_maps, axis=0)).max() < 1e-6 * np.abs(found).max()
-        assert (svm_path / f"SVM_{name}_all.png").is_file()
-    assert not list(svm_path.glob(".cache-*"))
+        for suffix in (".json", ".png", ".html"):
+            assert (svm_path / f"SVM_{name}_all{suffix}").is_file()
     assert nib.load(svm_path / "SVM_weights_all.nii.gz").shape == SHAPE
-
-
-def test_mean_scan(svm_path, matrix):
     assert load(svm_path / "mean_scan.nii.gz") == pytest.approx(matrix[0].mean(0), abs=1e-6)
+    assert (svm_path / "run.json").is_file() and (svm_path / "roc.png").is_file()
+    assert not (svm_path / ".cache").exists()
 
 
 def test_same_folds_and_format_as_the_networks(svm_path, run_path):
@@ -94,100 +96,50 @@ def test_same_folds_and_format_as_the_networks(svm_path, run_path):
     assert list(ours.columns) == list(theirs.columns) and list(ours.fold) == list(theirs.fold)
 
 
-def test_folds_drawn_without_a_run_are_train_cvs(cohort_csv, run_path, tmp_path):
-    fit(cohort_csv, tmp_path, "--fold", str(N_FOLDS))
-    assert (tmp_path / "splits.csv").read_bytes() == (run_path / "splits.csv").read_bytes()
+def test_a_cache_shared_with_training_is_decoded_once_and_stays(
+    cohort_csv, svm_path, run_path, tmp_path
+):
+    """And folds drawn without a run are train_cv.py's."""
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    more = ["--epochs", "1", "--only-fold", "0", *cache]
+    train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, tmp_path / "run", *more)))
+    held = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(held) == N_SCANS
+    fit(cohort_csv, tmp_path / "svm", "--fold", str(N_FOLDS), "--C", "0.01", *cache)
+    assert held == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    splits, expected = (p / "splits.csv" for p in (tmp_path / "svm", run_path))
+    assert splits.read_bytes() == expected.read_bytes()
+    for name in ("predictions.csv", "metrics.csv", "intercepts.csv"):  # repeated: the same tables
+        assert (tmp_path / "svm" / name).read_bytes() == (svm_path / name).read_bytes()
 
 
-def test_blocks_change_nothing(svm_path, cohort_csv, run_path, tmp_path, monkeypatch):
-    """With blocks of a few hundred voxels instead of all at once."""
-    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 4 * N_SCANS * 777)
-    monkeypatch.setattr(linear_svm, "MIN_RANGE_VOXELS", 1)
-    monkeypatch.setattr(linear_svm, "TILE_ROWS", 3)
-    fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
-    for name in ("SVM_weights_f0.nii.gz", "SVM_pattern_all.nii.gz"):
-        expected = load(svm_path / name)
-        assert np.abs(load(tmp_path / name) - expected).max() < 1e-6 * np.abs(expected).max()
+@pytest.mark.parametrize(
+    ("run", "more", "message"),
+    [
+        ("nothing", [], "there is no folder"),
+        ("more", [], "splits.csv"),
+        ("run", [], "the CSV's scans are not those of"),
+        ("run", ["--C", "0"], "--C: must be above 0"),
+    ],
+)
+def test_input_at_fault(modelpath, tmp_path, refusal, run, more, message):
+    csv_path = write_cohort(tmp_path / "more", N_SCANS + 2)
+    argv = ["--path", csv_path, "--modelpath", tmp_path / run, "--outpath", tmp_path / "out", *more]
+    assert message in refusal(svm, argv)
 
 
-def test_the_gram_matrix(tmp_path, monkeypatch):
-    """Tile by tile and range by range it is that of the centred scans, and symmetric to the bit."""
-    monkeypatch.setattr(linear_svm, "BLOCK_BYTES", 4 * 10 * 50)
-    monkeypatch.setattr(linear_svm, "MIN_RANGE_VOXELS", 1)
-    monkeypatch.setattr(linear_svm, "TILE_ROWS", 4)
-    scans = np.random.default_rng(0).random((10, 4 * 5 * 6), dtype=np.float32)
-    (tmp_path / "volumes.f32").write_bytes(scans.tobytes())
-    volumes = Volumes(tmp_path / "volumes.f32", 10, (4, 5, 6), np.zeros(10, dtype=int))
-    gram, mean = linear_svm.gram_matrix(volumes)
-    centred = scans - scans.mean(0, dtype=np.float64)
-    assert gram == pytest.approx(centred @ centred.T, abs=1e-12)
-    assert (gram == gram.T).all()
-    assert mean == pytest.approx(scans.mean(0), abs=1e-6)
+def test_results_are_replaced_only_with_overwrite(cohort_csv, svm_path, tmp_path, refusal):
+    copy = shutil.copytree(svm_path, tmp_path / "svm")
+    argv = ["--path", cohort_csv, "--outpath", copy, "--fold", "3", "--workers", "0"]
+    message = refusal(svm, argv)
+    assert "holds an SVM: choose another --outpath, or --overwrite" in message
+    assert exit_status(svm, [*argv, "--overwrite"]) == 0
+    assert (copy / "SVM_weights_f2.nii.gz").is_file()
 
 
-def test_every_scan_is_read_once(cohort_csv, run_path, tmp_path, monkeypatch):
-    read = []
-    original = scan_files.load_volume
-    monkeypatch.setattr(scan_files, "load_volume", lambda file: read.append(file) or original(file))
-    fit(cohort_csv, tmp_path, "--modelpath", str(run_path))
-    assert len(read) == len(set(read)) == N_SCANS
-
-
-def test_the_same_command_twice_gives_identical_tables(svm_path, cohort_csv, run_path, tmp_path):
-    fit(cohort_csv, tmp_path, "--modelpath", str(run_path), "--C", "0.01")
-    for name in ("predictions.csv", "metrics.csv"):
-        assert (tmp_path / name).read_bytes() == (svm_path / name).read_bytes()
-
-
-def test_the_origin_does_not_matter_and_one_copy_is_made():
-    rng = np.random.default_rng(0)
-    labels = np.arange(1200) % 2
-    volumes = rng.standard_normal((1200, 900)) + 0.2 * labels[:, None]
-    train = np.flatnonzero(rng.random(1200) < 0.8)
-    centred = volumes - volumes[train].mean(0)
-    fits = []
-    for scans in (centred, volumes - volumes.mean(0), volumes - 3):
-        gram = np.asfortranarray(scans @ scans.T)
-        tracemalloc.start()
-        fits.append(linear_svm.fit_fold(gram, labels, train, 1.0))
-        assert tracemalloc.get_traced_memory()[1] < 1.1 * 8 * len(train) ** 2
-        tracemalloc.stop()
-    for other in fits[1:]:
-        for name in ("weight_coefficients", "pattern_coefficients", "decisions"):
-            expected = getattr(fits[0], name)
-            difference = np.abs(getattr(other, name) - expected).max()
-            assert difference < 1e-5 * np.abs(expected).max(), name
-
-
-@pytest.mark.parametrize("case", ["no folder", "no splits", "another cohort", "C"])
-def test_bad_input(case, cohort_csv, run_path, tmp_path, capsys):
-    outpath, more = tmp_path / "out", ["--modelpath", str(run_path)]
-    if case == "no folder":
-        more, message = ["--modelpath", str(tmp_path / "nothing")], "there is no folder"
-    elif case == "no splits":
-        more, message = ["--modelpath", str(cohort_csv.parent)], "splits.csv"
-    elif case == "another cohort":
-        cohort_csv = write_cohort(tmp_path / "cohort", N_SCANS + 2)
-        message = "the CSV's scans are not those of"
-    else:
-        more, message = ["--C", "0"], "--C: must be above 0"
-    try:
-        args = svm.parse_args(["--path", str(cohort_csv), "--outpath", str(outpath), *more])
-        status = utils.run_script(svm.main, args)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
-    assert message in capsys.readouterr().err
-    assert not outpath.exists()
-
-
-def test_memory_of_a_host_with_several_processes(monkeypatch, caplog):
-    """Each process holds the Gram matrix: the message says so."""
-    volumes = SimpleNamespace(n_scans=3, n_voxels=5, read=lambda *_: np.eye(3, 5, dtype="f4"))
-    caplog.set_level(logging.INFO, "heatmaps")
-    linear_svm.gram_matrix(volumes)
-    assert "processes" not in caplog.text
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "4"}.get(name, "0"))
-    linear_svm.gram_matrix(volumes)
-    assert "is fitted, in each of this host's 4 processes" in caplog.text
+def test_no_place_under_torchrun(cohort_csv, tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2"}.get(name, "0"))
+    with pytest.raises(InputError, match="without torchrun"):
+        fit(cohort_csv, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,6 @@
-"""Training: what it writes, what it keeps, when it stops, that it repeats and goes on."""
+"""Training: what it writes, what it keeps, when it stops, that it repeats and resumes."""
 
 import json
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,20 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import N_FOLDS, N_SCANS, SHAPE, stop_at_call, train_arguments
+from conftest import (
+    N_FOLDS,
+    N_SCANS,
+    SHAPE,
+    exit_status,
+    stop_at_call,
+    train_arguments,
+    write_cohort,
+)
 from sklearn.metrics import roc_auc_score
+from torch.nn.functional import cross_entropy
 
-import checkpoints
 import dataset
-import devices
-import metrics
 import models
-import scan_files
-import teams
 import train_cv
-import utils
+from utils import RunError
 
-SCRIPT = Path(train_cv.__file__)
 TIMED = {"run.json", "train_cv.log"}  # hold times, or paths
 
 
@@ -41,249 +42,159 @@ def contents(outpath: Path) -> dict[str, bytes]:
     return found
 
 
+def weights_of(outpath: Path, fold: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(outpath / f"state_dict_f{fold}.pth", weights_only=True)
+
+
+# What is written
+
+
 def test_output_tree(run_path):
-    per_fold = [
-        name.format(fold)
-        for fold in range(N_FOLDS)
-        for name in (
-            "state_dict_f{}.pth", "train_loss_f{}.npy", "valid_loss_f{}.npy", "history_f{}.csv",
-            "predictions_f{}.csv",
-        )
-    ]  # fmt: skip
-    common = [
-        "run.json", "splits.csv", "predictions.csv", "metrics.csv", "loss_curves.png", "roc.png",
-        "train_cv.log", ".locks",
-    ]  # fmt: skip
-    assert sorted(p.name for p in run_path.iterdir()) == sorted(per_fold + common)
+    names = {"run.json", "splits.csv", "predictions.csv", "metrics.csv", "loss_curves.png",
+             "roc.png", "train_cv.log", ".locks"}  # fmt: skip
+    for fold in range(N_FOLDS):
+        names |= {f"state_dict_f{fold}.pth", f"history_f{fold}.csv", f"predictions_f{fold}.csv"}
+        names |= {f"train_loss_f{fold}.npy", f"valid_loss_f{fold}.npy"}
+    assert {path.name for path in run_path.iterdir()} == names
 
 
 def test_run_record(run_path):
     run = json.loads((run_path / "run.json").read_text())
-    assert run["volume_shape"] == list(SHAPE)
-    assert run["arguments"]["lr"] == 1e-3
-    assert run["versions"]["torch"] == version("torch")
+    assert run["volume_shape"] == list(SHAPE) and run["n_folds"] == N_FOLDS
+    assert run["arguments"]["lr"] == 1e-3 and run["versions"]["torch"] == version("torch")
     assert run["start"] <= run["end"]
 
 
 def test_losses_and_history_agree(run_path):
     history = pd.read_csv(run_path / "history_f1.csv")
-    losses = np.load(run_path / "valid_loss_f1.npy")
-    assert losses.dtype == np.float64
-    assert losses == pytest.approx(history["valid_loss"].to_numpy())
     assert list(history["epoch"]) == [1, 2]
+    for name in ("train_loss", "valid_loss"):
+        losses = np.load(run_path / f"{name}_f1.npy")
+        assert losses.dtype == np.float64
+        assert losses == pytest.approx(history[name].to_numpy())
 
 
-def test_every_scan_is_predicted_once_by_the_fold_that_held_it_out(run_path):
+def test_each_scan_is_predicted_by_the_fold_that_held_it_out(run_path):
     predictions = pd.read_csv(run_path / "predictions.csv")
     splits = pd.read_csv(run_path / "splits.csv")
-    assert list(predictions["path"]) == list(splits["path"])
-    assert len(predictions) == N_SCANS
+    assert list(predictions["path"]) == list(splits["path"]) and len(predictions) == N_SCANS
     for row, split in zip(predictions.itertuples(), splits.to_dict("records"), strict=True):
         assert split[f"fold_{row.fold}"] == "test"
     assert ((predictions["probability"] > 0.5) == (predictions["predicted"] == 1)).all()
-
-
-def test_metrics_are_those_of_the_predictions(run_path):
-    predictions = pd.read_csv(run_path / "predictions.csv")
     pooled = pd.read_csv(run_path / "metrics.csv").set_index("fold").loc["pooled"]
-    assert pooled["n"] == N_SCANS
-    assert pooled["roc_auc"] == pytest.approx(
-        roc_auc_score(predictions["label"], predictions["probability"])
-    )
+    expected = roc_auc_score(predictions["label"], predictions["probability"])
+    assert pooled["n"] == N_SCANS and pooled["roc_auc"] == pytest.approx(expected)
 
 
 def test_saved_weights_are_the_best_epochs(run_path, cohort_csv):
     """They give the lowest validation loss of the history, and the predictions, when loaded."""
     cohort = dataset.read_cohort(cohort_csv)
-    splits = pd.read_csv(run_path / "splits.csv")
-    model = models.build_model("modelT8", SHAPE).eval()
-    weights = torch.load(run_path / "state_dict_f0.pth", weights_only=True)
-    assert all(weight.is_contiguous() for weight in weights.values())
-    model.load_state_dict(weights)
-
-    def logits_of(part):
-        rows = np.flatnonzero(splits["fold_0"] == part)
-        volumes = [scan_files.load_volume(cohort.table["file"][r])[0][None].copy() for r in rows]
-        with torch.no_grad():
-            return rows, model(torch.from_numpy(np.stack(volumes)))
-
-    rows, logits = logits_of("val")
-    loss = torch.nn.functional.cross_entropy(
-        logits, torch.tensor(cohort.table["label"][rows].to_numpy())
-    )
-    assert float(loss) == pytest.approx(np.load(run_path / "valid_loss_f0.npy").min(), rel=1e-5)
-    rows, logits = logits_of("test")
-    expected = pd.read_csv(run_path / "predictions.csv")["probability"][rows]
+    volumes, parts = cohort.volumes(None, 0), pd.read_csv(run_path / "splits.csv")["fold_0"]
+    assert all(weight.is_contiguous() for weight in weights_of(run_path).values())
+    model = models.build_model("modelT8", SHAPE)
+    model.load_state_dict(weights_of(run_path))
+    val, test = (np.flatnonzero(parts == part) for part in ("val", "test"))
+    logits = train_cv.predict(model, volumes, val, 4, torch.device("cpu"))
+    loss = float(cross_entropy(logits, torch.tensor(cohort.labels[val])))
+    assert loss == pytest.approx(np.load(run_path / "valid_loss_f0.npy").min(), rel=1e-5)
+    logits = train_cv.predict(model, volumes, test, 4, torch.device("cpu"))
+    expected = pd.read_csv(run_path / "predictions.csv")["probability"][test]
     assert torch.softmax(logits, 1)[:, 1].numpy() == pytest.approx(expected.to_numpy(), rel=1e-5)
 
 
-def test_a_run_repeated_gives_identical_files(run_path, cohort_csv, tmp_path):
-    train(cohort_csv, tmp_path)
+def test_subject_column_reaches_splits(tmp_path):
+    csv_path = write_cohort(tmp_path / "cohort", columns=("path", "label", "subject"))
+    train(csv_path, tmp_path / "run", "--epochs", "1")
+    splits = pd.read_csv(tmp_path / "run" / "splits.csv")
+    assert splits["subject"].nunique() == 10
+    parts = splits["fold_0"] + splits["fold_1"]
+    assert (parts.groupby(splits["subject"]).nunique() == 1).all()
+
+
+# Repeated, interrupted, resumed
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--workers", "2"), ("--workers", "2", "--no-cache"), ("--precision", "tf32")],
+    ids=["cached", "no cache", "tf32 on a CPU"],
+)
+def test_a_run_repeated_gives_identical_files(run_path, cohort_csv, tmp_path, more):
+    train(cohort_csv, tmp_path, *more)
     assert contents(tmp_path) == contents(run_path)
 
 
-def test_another_seed_gives_another_run(run_path, cohort_csv, tmp_path):
+def test_overwrite_starts_anew_and_another_seed_is_another_run(run_path, cohort_csv, tmp_path):
     train(cohort_csv, tmp_path, "--seed", "1")
     assert contents(tmp_path)["splits.csv"] != contents(run_path)["splits.csv"]
-
-
-@pytest.mark.parametrize("n_epochs_done", [1, 2, 3])
-def test_an_interrupted_run_goes_on_and_ends_the_same(
-    run_path, cohort_csv, tmp_path, monkeypatch, n_epochs_done
-):
-    """Stopped before the first checkpoint, between epochs, and between folds."""
-    n_logged = 0
-
-    def stop_after(*_):
-        nonlocal n_logged
-        n_logged += 1
-        if n_logged == n_epochs_done:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train_cv, "log_epoch", stop_after)
-        train(cohort_csv, tmp_path)
-    assert not (tmp_path / "metrics.csv").exists()
-    train(cohort_csv, tmp_path)
-    assert contents(tmp_path) == contents(run_path)
-
-
-def test_an_interrupted_bf16_run_goes_on(cohort_csv, tmp_path, monkeypatch):
-    """Moments and weights are float32 in between, too."""
-    args = ("--precision", "bf16")
-    train(cohort_csv, tmp_path / "whole", *args)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train_cv, "log_epoch", stop_at_call(2, train_cv.log_epoch))
-        train(cohort_csv, tmp_path / "parts", *args)
-    train(cohort_csv, tmp_path / "parts", *args)
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-
-
-def test_a_finished_run_is_not_trained_again(run_path, cohort_csv, tmp_path, monkeypatch):
-    train(cohort_csv, tmp_path)
-    monkeypatch.setattr(train_cv, "train_fold", None)
-    train(cohort_csv, tmp_path)
-    assert contents(tmp_path) == contents(run_path)
-
-
-def test_overwrite_starts_anew(run_path, cohort_csv, tmp_path):
-    train(cohort_csv, tmp_path, "--seed", "1")
+    assert contents(tmp_path)["state_dict_f0.pth"] != contents(run_path)["state_dict_f0.pth"]
     train(cohort_csv, tmp_path, "--overwrite")
     assert contents(tmp_path) == contents(run_path)
 
 
-@pytest.mark.parametrize(
-    ("losses", "patience", "delta", "n_epochs", "best_epoch"),
-    [
-        ([3, 2, 1, 4, 5, 6, 7], 2, 0, 5, 3),
-        ([3, 2, 2, 1, 1, 1, 1], 2, 0, 6, 4),  # equal is not better
-        ([5, 6, 7, 1], 2, 0, 3, 1),  # the first epoch can be the best
-        ([3, 2.9, 2.8, 2.7, 2.6], 3, 0.25, 5, 4),  # 2.7 < 3 − 0.25
-        ([3, 2, 1], 9, 0, 3, 3),  # --epochs ends it
-    ],
-)
-def test_early_stopping(
-    cohort_csv, tmp_path, monkeypatch, losses, patience, delta, n_epochs, best_epoch
+@pytest.mark.parametrize("n_saved", [1, 2, 4], ids=["before", "between epochs", "between folds"])
+def test_an_interrupted_run_resumes_with_the_same_files(
+    run_path, cohort_csv, tmp_path, monkeypatch, n_saved
 ):
-    """Fed with given validation losses, a fold stops and keeps its weights when it should."""
-    weights_after = []
-
-    def given_loss(model, loader, device, team, fold, epoch):
-        weights_after.append({k: v.clone() for k, v in model.state_dict().items()})
-        return losses[epoch - 1], 0.5
-
-    monkeypatch.setattr(train_cv, "validate", given_loss)
-    args = train_cv.parse_args(
-        train_arguments(cohort_csv, tmp_path, "--patience", str(patience), "--delta", str(delta),
-                        "--epochs", str(len(losses)))
-    )  # fmt: skip
-    cohort = dataset.read_cohort(cohort_csv)
-    parts = pd.Series(["train", "train", "val", "test"] * (N_SCANS // 4))
-    train_cv.train_fold(args, cohort, parts, 0, torch.device("cpu"), None, teams.Team())
-    assert len(np.load(tmp_path / "valid_loss_f0.npy")) == n_epochs
-    saved = checkpoints.load(tmp_path / "state_dict_f0.pth")
-    expected = weights_after[best_epoch - 1]
-    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+    """Stopped at the first checkpoint, at the second, and at the second fold's first."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", stop_at_call(n_saved, torch.save))
+        train(cohort_csv, tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+    train(cohort_csv, tmp_path)
+    assert contents(tmp_path) == contents(run_path)
+    with monkeypatch.context() as patched:  # a finished run is not trained again
+        patched.setattr(torch, "save", stop_at_call(1, torch.save))
+        train(cohort_csv, tmp_path)
 
 
-def test_train_loss_is_the_mean_per_scan():
-    """A smaller last batch counts by its scans."""
-    losses = torch.tensor([1.0, 2.0, 7.0])
-    assert metrics.mean_loss(losses, 7, 3, 0, 1) == pytest.approx((3 * 1 + 3 * 2 + 7) / 7)
+def test_bf16_is_near_fp32_resumes_and_saves_float32(run_path, cohort_csv, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cohort_csv, whole, "--precision", "bf16")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", stop_at_call(2, torch.save))
+        train(cohort_csv, parts, "--precision", "bf16")
+    train(cohort_csv, parts, "--precision", "bf16")
+    assert contents(parts) == contents(whole)
+    losses, exact = (np.load(path / "train_loss_f0.npy") for path in (whole, run_path))
+    assert losses == pytest.approx(exact, rel=0.02) and (losses != exact).all()
+    weights = weights_of(whole).values()
+    assert all(w.dtype == torch.float32 for w in weights if w.is_floating_point())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
-    args = train_cv.parse_args(train_arguments(cohort_csv, tmp_path, "--lr", "1e30"))
-    assert utils.run_script(train_cv.main, args) == 1
+# When a fold stops
+
+
+def test_early_stopping_keeps_the_best_epochs_weights(cohort_csv, tmp_path):
+    """With a delta that no epoch reaches the first one is the best."""
+    train(cohort_csv, tmp_path / "one", "--epochs", "1", "--only-fold", "0")
+    more = ("--epochs", "9", "--delta", "10", "--patience", "2", "--only-fold", "0")
+    train(cohort_csv, tmp_path / "three", *more)
+    assert len(np.load(tmp_path / "three" / "valid_loss_f0.npy")) == 3
+    kept, expected = weights_of(tmp_path / "three"), weights_of(tmp_path / "one")
+    assert all(torch.equal(kept[key], expected[key]) for key in expected)
+
+
+def test_a_training_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
+    assert exit_status(train_cv, train_arguments(cohort_csv, tmp_path, "--lr", "1e30")) == 1
     assert "not finite in fold 0, epoch 1" in capsys.readouterr().err
     assert not (tmp_path / "state_dict_f0.pth").exists()
 
 
-def test_a_validation_loss_that_is_not_finite_names_the_scan(
-    cohort_csv, tmp_path, capsys, monkeypatch
-):
-    predict = train_cv.predict
-
-    def spoil_one(*args):
-        logits, labels, rows = predict(*args)
-        logits[1:, 0] = np.nan
-        return logits, labels, rows
-
-    monkeypatch.setattr(train_cv, "predict", spoil_one)
-    args = train_cv.parse_args(train_arguments(cohort_csv, tmp_path))
-    assert utils.run_script(train_cv.main, args) == 1
-    splits = pd.read_csv(tmp_path / "splits.csv")
-    path = splits["path"][splits["fold_0"] == "val"].iloc[1]
-    expected = f"in fold 0, epoch 1: the network's output for {cohort_csv.parent / path} is not"
-    assert expected in capsys.readouterr().err
+def test_a_validation_loss_that_is_not_finite_names_the_epoch():
+    logits = torch.tensor([[0.0, 1], [np.nan, 0]])
+    with pytest.raises(RunError, match="fold 2, epoch 3"):
+        train_cv.validate(logits, np.array([0, 1]), "fold 2, epoch 3")
 
 
-@pytest.mark.parametrize("more", [(), ("--no-cache",)])
-def test_two_workers_change_nothing(run_path, cohort_csv, tmp_path, more):
-    train(cohort_csv, tmp_path, "--workers", "2", *more)
-    assert contents(tmp_path) == contents(run_path)
-
-
-def test_tf32_is_fp32_on_a_cpu(run_path, cohort_csv, tmp_path):
-    train(cohort_csv, tmp_path, "--precision", "tf32")
-    assert contents(tmp_path) == contents(run_path)
-
-
-def test_bf16_is_near_fp32_and_saves_float32(run_path, cohort_csv, tmp_path):
-    train(cohort_csv, tmp_path, "--precision", "bf16")
-    losses, exact = (np.load(path / "train_loss_f0.npy") for path in (tmp_path, run_path))
-    assert losses == pytest.approx(exact, rel=0.02)
-    assert (losses != exact).all()
-    weights = checkpoints.load(tmp_path / "state_dict_f0.pth")
-    assert all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")]
-)
-def test_precision_of_float32_on_a_gpu(name, expected):
-    devices.set_precision(name)
-    assert torch.backends.cuda.matmul.fp32_precision == expected
-    assert torch.backends.cudnn.conv.fp32_precision == expected
-
-
-def test_subject_column(tmp_path):
-    """A third column reaches splits.csv, and no subject is split."""
-    from conftest import write_cohort
-
-    csv_path = write_cohort(tmp_path / "cohort", columns=("path", "label", "subject"))
-    train(csv_path, tmp_path / "run")
-    splits = pd.read_csv(tmp_path / "run" / "splits.csv")
-    assert (splits.groupby("subject")["fold_0"].nunique() == 1).all()
-
-
-def test_help_names_every_option_with_its_default():
-    shown = subprocess.run(
-        [sys.executable, SCRIPT, "-h"], capture_output=True, text=True, check=True
-    )
-    for option, default in {
-        "--batch": "5", "--fold": "5", "--lr": "0.0001", "--wd": "0.0001", "--epochs": "200",
-        "--patience": "10", "--delta": "0", "--val-fraction": "0.2", "--seed": "0",
-    }.items():  # fmt: skip
-        text = " ".join(shown.stdout.split(f"  {option} ")[-1].split())
-        assert f"(default: {default}" in text.split(" --")[0], option
+def test_defaults_are_the_papers_and_help_names_them(capsys):
+    expected = {"batch": 5, "fold": 5, "lr": 1e-4, "wd": 1e-4, "epochs": 200, "patience": 10,
+                "delta": 0, "val_fraction": 0.2, "seed": 0}  # fmt: skip
+    args = train_cv.parse_args(["--path", "a", "--outpath", "b", "--model", "modelA24"])
+    assert expected.items() <= vars(args).items()
+    with pytest.raises(SystemExit):
+        train_cv.parse_args(["-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, value in expected.items():
+        text = shown.split(f" --{name.replace('_', '-')} ")[-1]
+        assert f"(default: {value}" in text.split(" --")[0], name

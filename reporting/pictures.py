@@ -1,9 +1,9 @@
-"""Pictures: loss curves, ROC curves, mosaics of maps, Dice curves."""
+"""Pictures: loss curves, ROC curves, mosaics of maps and pages with their slices."""
 
-import re
+import html
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -12,11 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from nilearn import plotting
 from sklearn.metrics import roc_curve
 
-from files import whole_file
-from overlap import TOP_FRACTIONS
+from run_folder import files
 
 DPI = 110
-FOLD_COLORS = plt.get_cmap("tab10").colors
+FOLD_COLORS = matplotlib.colormaps["tab10"].colors
 LOSS_COLUMNS = {"epoch": int, "train_loss": float, "valid_loss": float}
 MAP_COLORS = "cold_hot"
 N_CUTS = 7  # slices per direction of a mosaic
@@ -25,28 +24,18 @@ HIDDEN_FRACTION = 0.1  # of the colour scale: voxels below it are left transpare
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, and close it."""
-    with whole_file(path) as temporary_path:
+    """Write a figure, whole or not at all."""
+    with files.whole_file(path) as temporary_path:
         figure.savefig(temporary_path, dpi=DPI, format=path.suffix[1:])
-    plt.close(figure)
 
 
 def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
-    """Draw each fold's training and validation loss; a dot marks the epoch that was kept.
-
-    Parameters
-    ----------
-    path : Path
-    histories : list of DataFrame
-        One a fold: epoch, train_loss, valid_loss.
-    """
+    """Draw each fold's losses, as in history_f*.csv; a dot marks the epoch that was kept."""
     n_columns = min(len(histories), 5)
     n_rows = -(-len(histories) // n_columns)
     size_inches = (2.6 * n_columns + 0.6, 2.4 * n_rows + 0.4)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=size_inches, sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for fold, (axis, history) in enumerate(zip(axes.flat, histories, strict=False)):
         best = history.loc[history["valid_loss"].idxmin()]
         axis.plot(history["epoch"], history["train_loss"], color="0.6", label="training")
@@ -72,10 +61,11 @@ def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> No
     predictions : DataFrame
         Columns fold, label and probability.
     metrics : DataFrame
-        As `utils.metrics_table` returns it.
+        As `metrics.metrics_table` returns it.
     """
     auc = metrics.set_index("fold")["roc_auc"]
-    figure, axis = plt.subplots(figsize=(4.6, 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axis = figure.subplots()
     axis.plot([0, 1], [0, 1], ":", color="0.5", label="chance: 0.50")
     for fold, rows in predictions.groupby("fold"):
         if rows["label"].nunique() == 2:
@@ -107,57 +97,27 @@ def mosaic_cuts(background_img: nib.Nifti1Image) -> dict[str, np.ndarray]:
     return {axis: np.linspace(*ends_mm[:, i], N_CUTS) for i, axis in enumerate("xyz")}
 
 
-def plot_mosaic(
-    path: Path, map_img: nib.Nifti1Image, background_img: nib.Nifti1Image, title: str
-) -> None:
-    """Draw a map in three rows of slices over the mean scan.
+def draw_map(stem: Path, mean_scan_path: Path, title: str) -> list[Path]:
+    """Draw the map `stem`.nii.gz over the mean scan, on the same grid.
 
-    Parameters
-    ----------
-    path : Path
-    map_img, background_img : nibabel images on one grid
-    title : str
+    Returns
+    -------
+    list of Path
+        Three rows of slices, `stem`.png, and three linked slices, `stem`.html, that work offline.
     """
+    map_img, scan_img = nib.load(stem.with_suffix(".nii.gz")), nib.load(mean_scan_path)
     limit = color_limit(map_img.get_fdata())
-    figure = plt.figure(figsize=(10, 5.6), facecolor="black")
+    shown = {"cmap": MAP_COLORS, "vmax": limit, "threshold": HIDDEN_FRACTION * limit}
+    figure = Figure(figsize=(10, 5.6), facecolor="black")
     plotting.plot_stat_map(
-        map_img, background_img, display_mode="mosaic", cut_coords=mosaic_cuts(background_img),
-        cmap=MAP_COLORS, vmax=limit, symmetric_cbar=True, threshold=HIDDEN_FRACTION * limit,
-        black_bg=True, figure=figure, axes=(0, 0, 1, 0.93),
+        map_img, scan_img, display_mode="mosaic", cut_coords=mosaic_cuts(scan_img),
+        symmetric_cbar=True, black_bg=True, figure=figure, axes=(0, 0, 1, 0.93), **shown,
     )  # fmt: skip
     figure.text(0.01, 0.955, title, color="white", fontsize=12)
-    save_figure(figure, path)
-
-
-def plain_label(name: str) -> str:
-    """Return a map's name for a legend: no formula, and not hidden by an underscore in front."""
-    return re.sub(r"^_", "\u200b_", name.replace("$", r"\$"))
-
-
-def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
-    """Draw each map's Dice coefficient with the reference against the share of voxels taken.
-
-    Parameters
-    ----------
-    path : Path
-    curves : dict of str to array, shape (40,)
-        Dice at each of `overlap.TOP_FRACTIONS`, by map.
-    p : float
-        Share of the mask that the reference fills; chance follows from it.
-    """
-    percent = 100 * TOP_FRACTIONS
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    axis.plot(
-        percent, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS), ":", color="0.4", label="chance"
-    )
-    for name, curve in curves.items():
-        axis.plot(percent, curve, label=plain_label(name))
-    axis.axvline(100 * p, color="0.85", zorder=0)
-    axis.text(100 * p, 1.01, "size of the reference", fontsize=8, color="0.5", ha="center",
-              transform=axis.get_xaxis_transform())  # fmt: skip
-    axis.set(xscale="log", xlabel="voxels taken, % of the mask", ylabel="Dice with the reference")
-    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-    axis.set_ylim(0, None)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, stem.with_suffix(".png"))
+    view = plotting.view_img(
+        map_img, scan_img, title=html.escape(title), resampling_interpolation="nearest",
+        black_bg=True, **shown,
+    )  # fmt: skip
+    files.write_bytes(stem.with_suffix(".html"), view.get_standalone().encode())
+    return [stem.with_suffix(".png"), stem.with_suffix(".html")]

@@ -38,12 +38,9 @@ def dice_matched(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 def dice_curve(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Dice coefficients of S with the top q of M, and by chance, for each q.
+    """Return the Dice coefficients of S with the top q of M, and by chance, 2pq/(p+q), for each q.
 
-    Returns
-    -------
-    curve, chance : arrays, shape (40,)
-        For the fractions q in `TOP_FRACTIONS`; chance is 2pq/(p+q).
+    Both are arrays of shape (40,), for the fractions q in `TOP_FRACTIONS`.
     """
     order = np.argsort(-values, kind="stable")
     n_found = np.cumsum(inside[order])
@@ -61,19 +58,10 @@ def mass(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
-    """Return every measure of overlap between a map and the reference.
+    """Return every measure of overlap between a map and the reference, neither all of M nor none.
 
-    Parameters
-    ----------
-    values : array, shape (n_mask_voxels,)
-    inside : bool array, shape (n_mask_voxels,)
-        Neither all True nor all False.
-
-    Returns
-    -------
-    dict
-        dice_matched, degenerate (fewer than K voxels are non-zero), dice_max, dice_max_fraction,
-        dice_max_chance, roc_auc, average_precision, mass.
+    They are dice_matched, degenerate (fewer than K voxels are non-zero), dice_max,
+    dice_max_fraction, dice_max_chance, roc_auc, average_precision and mass.
     """
     curve, chance = dice_curve(values, inside)
     best = int(curve.argmax())
@@ -100,20 +88,9 @@ def shift_null(
 ) -> tuple[float, float]:  # fmt: skip
     """Compare dice_matched with that of the map moved around: same smoothness, other place.
 
-    Parameters
-    ----------
-    map_data : array, shape (D, H, W)
-    mask_data, reference_data : bool arrays, shape (D, H, W)
-    seed : int
-    n_shifts : int
-        Toroidal shifts inside the mask's bounding box, drawn at random, none of them zero.
-
-    Returns
-    -------
-    null_p : float
-        (1 + shifts that reach the map's own dice_matched) / (1 + n_shifts).
-    null_mean : float
-        Mean dice_matched of the shifted maps.
+    The shifts are toroidal inside the mask's bounding box, drawn at random, none of them zero.
+    Arrays have shape (D, H, W). Returned are (1 + shifts that reach the map's own dice_matched) /
+    (1 + n_shifts) and the mean over the shifts.
     """
     rng = np.random.default_rng(seed)
     box = bounding_box(mask_data)
@@ -130,20 +107,10 @@ def shift_null(
 def region_table(
     values: np.ndarray, region_of_voxel: np.ndarray, names: dict[int, str]
 ) -> list[dict]:
-    """Return one row per region of an atlas.
+    """Return one row a region of an atlas, numbered in each voxel of M, 0 outside all regions.
 
-    Parameters
-    ----------
-    values : array, shape (n_mask_voxels,)
-    region_of_voxel : int array, shape (n_mask_voxels,)
-        0 outside all regions.
-    names : dict of int to str
-
-    Returns
-    -------
-    list of dict
-        region, name, n_voxels, sum, share (of the sum over all magnitudes in the mask), mean, dice
-        (of the region with as many voxels of largest value).
+    Its `share` is of the sum over all magnitudes in M; its `dice` is of the region with as many
+    voxels of largest value.
     """
     total = np.abs(values).sum(dtype=np.float64)
     rows = []

@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn import metrics as reference
 
-import metrics
+from reporting import metrics
+from utils import InputError, RunError
 
 
 def predictions(seed: int = 0, n: int = 60) -> pd.DataFrame:
@@ -35,12 +37,6 @@ def test_hand_counted():
     assert found["roc_auc"] == pytest.approx(4 / 6)  # pairs ranked right: 4 of 3 × 2
 
 
-def test_auc_with_ties_is_sklearns():
-    rng = np.random.default_rng(3)
-    label, score = rng.integers(2, size=50), rng.integers(6, size=50)
-    assert metrics.roc_auc(label, score) == pytest.approx(reference.roc_auc_score(label, score))
-
-
 def test_one_class_only_has_no_auc():
     found = metrics.binary_metrics(np.ones(3, int), np.full(3, 0.5), np.array([1, 0, 1]))
     assert found["accuracy"] == pytest.approx(2 / 3)
@@ -63,19 +59,30 @@ def test_table_against_sklearn():
     assert (found.loc["pooled_high"] >= found.loc["pooled"]).all()
 
 
-def test_interval_of_accuracy_is_the_binomial_one():
-    """For one proportion the bootstrap interval is the binomial's, up to sampling."""
-    table = predictions(n=400)
-    found = metrics.metrics_table(table, None, seed=1).set_index("fold")["accuracy"]
-    half_width = 1.96 * np.sqrt(found["pooled"] * (1 - found["pooled"]) / 400)
-    assert found["pooled_high"] - found["pooled_low"] == pytest.approx(2 * half_width, rel=0.15)
-
-
 def test_subjects_widen_the_interval():
     """Ten copies of each scan under one subject tell no more than one copy."""
     table = pd.concat([predictions(n=40)] * 10, ignore_index=True)
-    subjects = table["path"]
-    with_subjects = metrics.metrics_table(table, subjects, 0).set_index("fold")["accuracy"]
-    without = metrics.metrics_table(table, None, 0).set_index("fold")["accuracy"]
+    with_subjects, without = (
+        metrics.metrics_table(table, subjects, 0).set_index("fold")["accuracy"]
+        for subjects in (table["path"], None)
+    )
     width_with = with_subjects["pooled_high"] - with_subjects["pooled_low"]
     assert width_with > 2 * (without["pooled_high"] - without["pooled_low"])
+
+
+def test_mean_loss_counts_a_smaller_batch_by_its_scans():
+    losses = [torch.tensor(loss) for loss in (1.0, 2.0, 7.0)]
+    assert metrics.mean_loss(losses, [3, 3, 1], "") == pytest.approx((3 * 1 + 3 * 2 + 7) / 7)
+    with pytest.raises(RunError, match=r"not finite in fold 0, epoch 4, batch 1"):
+        metrics.mean_loss([losses[0], losses[1] * np.nan], [3, 3], "fold 0, epoch 4")
+
+
+def test_predictions_are_gathered_in_the_cohorts_order(tmp_path):
+    table = predictions(n=9)
+    for fold, rows in table.groupby("fold"):
+        rows.to_csv(tmp_path / f"predictions_f{fold}.csv", index=False)
+    found = metrics.gather_predictions(tmp_path, range(3), table["path"])
+    assert (found[table.columns] == table).all(axis=None)
+    for paths in (table["path"][:-1], pd.concat([table["path"][1:], table["path"][1:2]])):
+        with pytest.raises(InputError, match="each scan exactly once"):
+            metrics.gather_predictions(tmp_path, range(3), paths)

@@ -8,9 +8,8 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-import files
-from errors import InputError, RunError
-from utils import derived_seed
+from run_folder import files
+from utils import InputError, RunError, derived_seed
 
 N_BOOTSTRAP = 1000
 CONFIDENCE_PERCENT = 95
@@ -22,8 +21,7 @@ PREDICTION_COLUMNS = {
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Return the area under the ROC curve, NaN where a class is missing.
 
-    It is the share of (label 1, label 0) pairs that the scores rank right, ties counting half,
-    computed from ranks.
+    It is the share of (label 1, label 0) pairs that the scores rank right, ties counting half.
     """
     n_positive = int(labels.sum())
     n_pairs = n_positive * (len(labels) - n_positive)
@@ -34,19 +32,9 @@ def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray) -> dict:
-    """Return the metrics of binary predictions; label 1 is the positive class.
+    """Return the metrics of binary predictions, arrays of shape (n,); NaN where a class is missing.
 
-    Parameters
-    ----------
-    labels, predicted : int array, shape (n,)
-    probabilities : float array, shape (n,)
-        Of label 1, or any score that grows with it.
-
-    Returns
-    -------
-    dict
-        n, accuracy, balanced_accuracy, sensitivity, specificity, roc_auc, tp, tn, fp, fn; NaN where
-        a class is missing.
+    Label 1 is the positive class; its probability may be any score that grows with it.
     """
     tp = int(np.sum((labels == 1) & (predicted == 1)))
     tn = int(np.sum((labels == 0) & (predicted == 0)))
@@ -68,13 +56,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.
 def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -> pd.DataFrame:
     """Return the lower and upper end of each pooled metric's bootstrap interval.
 
-    Parameters
-    ----------
-    predictions : DataFrame
-        Columns label, probability and predicted.
-    unit : Series
-        What is drawn with replacement, one value a scan: the subject, or the scan itself.
-    seed : int
+    Drawn with replacement is `unit`, one value a scan: the subject, or the scan itself.
     """
     rng = np.random.default_rng(derived_seed(seed))
     rows_of_unit = list(predictions.groupby(unit.to_numpy()).indices.values())
@@ -91,21 +73,9 @@ def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -
 def gather_predictions(
     outpath: Path, folds: Iterable[int], paths: pd.Series, columns: dict = PREDICTION_COLUMNS
 ) -> pd.DataFrame:
-    """Return all folds' predictions in the cohort's order, from predictions_f*.csv.
+    """Return all folds' predictions in the order of the cohort's paths, from predictions_f*.csv.
 
-    Parameters
-    ----------
-    outpath : Path
-    folds : iterable of int
-    paths : Series
-        The cohort's scans.
-    columns : dict of str to type
-        Of the files.
-
-    Raises
-    ------
-    InputError
-        If a file is damaged, or a scan is not predicted exactly once.
+    An InputError if a file is damaged, or a scan is not predicted exactly once.
     """
     table = pd.concat(
         files.read_csv(outpath / f"predictions_f{fold}.csv", columns) for fold in folds
@@ -155,32 +125,26 @@ def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: i
 # Of networks
 
 
-def mean_loss(losses: torch.Tensor, n_scans: int, batch: int, fold: int, epoch: int) -> float:
-    """Return the mean loss per scan of an epoch's batches; a non-finite loss stops the run."""
-    losses = losses.double().cpu()
+def mean_loss(losses: list[torch.Tensor], sizes: list[int], place: str) -> float:
+    """Return an epoch's mean loss per scan; a RunError naming `place` if one is not finite."""
+    losses, sizes = torch.stack(losses).double().cpu(), torch.tensor(sizes, dtype=torch.float64)
     bad_batches = (~torch.isfinite(losses)).nonzero().flatten()
     if len(bad_batches):
         raise RunError(
-            f"the training loss is not finite in fold {fold}, epoch {epoch}, batch "
-            f"{int(bad_batches[0])}; a smaller --lr may help"
+            f"the training loss is not finite in {place}, batch {int(bad_batches[0])}; a smaller "
+            "--lr may help"
         )
-    sizes = torch.full_like(losses, batch)
-    sizes[-1] = n_scans - batch * (len(losses) - 1)
-    return float((losses * sizes).sum() / n_scans)
+    return float((losses * sizes).sum() / sizes.sum())
 
 
 def predictions_of(
-    paths: pd.Series,
-    fold: int,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
+    fold: int, paths: pd.Series, labels: np.ndarray, logits: torch.Tensor
 ) -> pd.DataFrame:
-    """Return a fold's predictions, one row a test scan."""
+    """Return a fold's predictions, one row a test scan, from its logits (n, 2)."""
     return pd.DataFrame(
         {
-            "path": paths.iloc[rows.numpy()].to_numpy(),
-            "label": labels.numpy(),
+            "path": paths.to_numpy(),
+            "label": labels,
             "fold": fold,
             "probability": torch.softmax(logits.double(), 1)[:, 1].numpy(),
             "predicted": logits.argmax(1).numpy(),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import overlap
+from comparing import overlap
 
 INSIDE = np.array([True] * 4 + [False] * 16)  # K = 4 of 20 voxels: p = 0.2
 P = 0.2
@@ -12,19 +12,8 @@ P = 0.2
 def test_perfect_map():
     found = overlap.overlap(INSIDE.astype(float), INSIDE)
     assert found["dice_matched"] == found["roc_auc"] == found["average_precision"] == 1
-    assert found["mass"] == 1
-    assert not found["degenerate"]
-    assert found["dice_max"] == 1
-    assert found["dice_max_fraction"] == pytest.approx(
-        P, abs=0.025
-    )  # 4 of 20, to the nearest voxel
-
-
-def test_inverted_map():
-    """All 16 other voxels come first, then the 4 of S among ties of 0."""
-    found = overlap.overlap((~INSIDE).astype(float), INSIDE)
-    assert found["dice_matched"] == found["roc_auc"] == found["mass"] == 0
-    assert found["average_precision"] == pytest.approx(P)  # one step: at 20 voxels taken
+    assert found["mass"] == found["dice_max"] == 1 and not found["degenerate"]
+    assert found["dice_max_fraction"] == pytest.approx(P, abs=0.025)  # to the nearest voxel
 
 
 def test_constant_map_is_chance():
@@ -34,12 +23,6 @@ def test_constant_map_is_chance():
     assert found["roc_auc"] == 0.5
     assert found["average_precision"] == pytest.approx(P)
     assert found["mass"] == pytest.approx(P)
-
-
-def test_zero_map_is_degenerate():
-    found = overlap.overlap(np.zeros(20), INSIDE)
-    assert found["degenerate"]
-    assert np.isnan(found["mass"])
 
 
 def test_map_with_ties():
@@ -57,6 +40,7 @@ def test_map_with_ties():
 
 def test_map_with_fewer_nonzero_voxels_than_the_reference():
     values = np.zeros(20)
+    assert np.isnan(overlap.overlap(values, INSIDE)["mass"])
     values[[2, 9]] = 1
     found = overlap.overlap(values, INSIDE)
     assert found["degenerate"]
@@ -68,21 +52,12 @@ def test_raw_map_with_negative_values():
     values = np.where(INSIDE, -1.0, 0.0)
     values[10] = 3
     found = overlap.overlap(values, INSIDE)
-    assert found["mass"] == 0
-    assert found["roc_auc"] == 0
-
-
-@pytest.mark.parametrize("sign", overlap.SIGNS)
-def test_signs(sign):
-    expected = {"abs": [2, 0, 3], "pos": [0, 0, 3], "raw": [-2, 0, 3]}[sign]
-    assert overlap.SIGNS[sign](np.array([-2, 0, 3])).tolist() == expected
+    assert found["mass"] == found["roc_auc"] == 0
 
 
 def test_dice_curve_and_its_chance():
     """Of 1,000 voxels, 100 in S, the map's first 50 right and the rest wrong."""
-    inside = np.zeros(1000, bool)
-    inside[:100] = True
-    values = np.zeros(1000)
+    inside, values = np.arange(1000) < 100, np.zeros(1000)
     values[:50], values[100:950] = 2, 1
     curve, chance = overlap.dice_curve(values, inside)
     n_top = np.maximum(1, np.round(1000 * overlap.TOP_FRACTIONS))
@@ -95,10 +70,9 @@ def test_dice_curve_and_its_chance():
 def test_random_maps_reach_their_stated_chance():
     rng = np.random.default_rng(0)
     inside = rng.random(3000) < 0.1
-    p = inside.mean()
     found = [overlap.overlap(rng.random(3000), inside) for _ in range(100)]
     for name in ("dice_matched", "average_precision", "mass"):
-        assert np.mean([f[name] for f in found]) == pytest.approx(p, rel=0.06), name
+        assert np.mean([f[name] for f in found]) == pytest.approx(inside.mean(), rel=0.06), name
     assert np.mean([f["roc_auc"] for f in found]) == pytest.approx(0.5, abs=0.01)
 
 
@@ -121,24 +95,13 @@ def test_shift_null_of_a_map_that_hits():
     assert null_mean == pytest.approx(reference.mean(), abs=0.01)
 
 
-def test_shift_null_of_a_constant_map():
-    reference = np.zeros((4, 5, 6), bool)
-    reference[0, 0, :3] = True
-    null_p, null_mean = overlap.shift_null(
-        np.ones((4, 5, 6)), np.ones((4, 5, 6), bool), reference, 0
-    )
-    assert null_p == 1  # every shift does as well
-    assert null_mean == 1  # voxel order takes the first voxels, which are S
-
-
 def test_shift_null_repeats_and_is_seeded():
     rng = np.random.default_rng(0)
     data, mask = rng.random((6, 7, 8)), np.ones((6, 7, 8), bool)
-    reference = data > 0.8
-    noisy = data + rng.random(data.shape)
-    first = overlap.shift_null(noisy, mask, reference, seed=1)
-    assert first == overlap.shift_null(noisy, mask, reference, seed=1)
-    assert first[1] != overlap.shift_null(noisy, mask, reference, seed=2)[1]
+    noisy, reference = data + rng.random(data.shape), data > 0.8
+    first = overlap.shift_null(noisy, mask, reference, seed=1, n_shifts=100)
+    assert first == overlap.shift_null(noisy, mask, reference, seed=1, n_shifts=100)
+    assert first[1] != overlap.shift_null(noisy, mask, reference, seed=2, n_shifts=100)[1]
 
 
 def test_region_table():

@@ -1,0 +1,277 @@
+"""report.html, one self-contained file: what it shows is read, checked, escaped and drawn here."""
+
+import base64
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from nibabel.spatialimages import SpatialImage
+
+from comparing.overlap import TOP_FRACTIONS
+from comparing.space import Map, Space
+from reporting.maps import IG_TOLERANCE
+from reporting.pictures import color_limit, save_figure
+from run_folder import files
+from utils import InputError, printable
+
+TEMPLATE_PATH = Path(__file__).with_name("page_template.html")
+SHOWN_VOXEL_MM = 2.0  # slices are no finer: the page stays small
+METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
+SUMMARY_ROWS = ("pooled", "pooled_low", "pooled_high", "mean", "sd")
+PICTURES = {"loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_NAME_SHOWN = 80
+N_REGIONS_SHOWN = 20
+OVERLAP_HEADS = {
+    "dice_matched": "Dice, matched size",
+    "dice_max": "Dice, best size",
+    "dice_max_fraction": "at top",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+    "mass": "mass",
+    "null_mean": "Dice, shifted map",
+    "null_p": "p of shifts",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of train_cv.py or svm.py left for the page; `metrics` is indexed by fold."""
+
+    name: str
+    metrics: pd.DataFrame
+    n_patients: int
+    n_controls: int
+    pictures: list[Path]
+
+
+def load_run(folder: Path) -> Run:
+    """Read what the page shows of a run's folder; an InputError if it is no finished run."""
+    columns = {"fold": str} | dict.fromkeys(METRICS_SHOWN, float)
+    record_path = folder / "run.json"
+    try:
+        metrics = files.read_csv(folder / "metrics.csv", columns)
+        metrics = metrics.dropna(subset="fold").set_index("fold")
+        labels = files.read_csv(folder / "predictions.csv", {"label": int})["label"]
+        record = files.read_json(record_path) if record_path.is_file() else {}
+        if not metrics.index.is_unique or set(SUMMARY_ROWS) - set(metrics.index):
+            raise InputError(f"metrics.csv must have one row each of {', '.join(SUMMARY_ROWS)}")
+    except InputError as error:
+        raise InputError(f"--run {folder} is no finished run: {error}") from None
+    name = printable(str(record.get("model", folder.name)))[:MAX_NAME_SHOWN]
+    pictures = [folder / each for each in PICTURES if (folder / each).is_file()]
+    pictures = [path for path in pictures if path.read_bytes().startswith(PNG_SIGNATURE)]
+    return Run(name, metrics, int((labels == 1).sum()), int((labels == 0).sum()), pictures)
+
+
+def warnings_of(table: pd.DataFrame, runs: list[Run], maps: dict[str, Map]) -> list[str]:
+    """Return what a reader must know before believing the tables."""
+    warnings = [
+        f"{name}: fewer voxels are non-zero than the reference has; its matched Dice is degenerate."
+        for name in table.loc[table["degenerate"], "map"]
+    ]
+    for run in runs:
+        auc = run.metrics.loc[run.metrics.index.str.isdigit(), "roc_auc"]
+        warnings += [
+            f"{run.name}: fold {fold} is below chance on its held-out scans (ROC AUC {value:.2f})."
+            for fold, value in auc[auc < 0.5].items()
+        ]
+    return warnings + [
+        f"{name}: incomplete attributions, median error {error:.2g}; more --steps lower it."
+        for name, error in completeness_errors(maps).items()
+        if error > IG_TOLERANCE
+    ]
+
+
+def completeness_errors(maps: dict[str, Map]) -> dict[str, float]:
+    """Return each IG map's median completeness error, as the sidecar beside it has it."""
+    errors = {}
+    for name, each in maps.items():
+        sidecar_path = each.path.with_name(each.path.name.split(".nii")[0] + ".json")
+        sidecar = files.read_json(sidecar_path) if sidecar_path.is_file() else {}
+        error = sidecar.get("median_completeness_error")
+        if sidecar.get("method") == "IG" and error is not None:
+            try:
+                errors[name] = float(error)
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(
+                    f"{sidecar_path}: median_completeness_error must be a number"
+                ) from None
+    return errors
+
+
+# Tables and pictures
+
+
+def table_html(heads: list[str], rows: list[list[str]], css: str = "") -> str:
+    """Return an HTML table; cells are escaped."""
+    with pd.option_context("display.max_colwidth", None):
+        table = pd.DataFrame(rows, columns=heads).to_html(index=False, border=0, classes=css)
+    return f'<div class="wide">{table}</div>'
+
+
+def number_text(value: float) -> str:
+    """Return a number as the tables show it."""
+    return "–" if pd.isna(value) else f"{value:.3f}"
+
+
+def metrics_html(runs: list[Run]) -> str:
+    """Return the table of held-out metrics, with intervals and the spread over folds."""
+    rows = []
+    for run in runs:
+        row = [run.name, f"{run.n_patients} + {run.n_controls}"]
+        for metric in METRICS_SHOWN:
+            pooled, low, high, mean, sd = (run.metrics.loc[name, metric] for name in SUMMARY_ROWS)
+            row.append(f"{pooled:.2f} [{low:.2f}, {high:.2f}] · {mean:.2f} ± {sd:.2f}")
+        rows.append(row)
+    heads = ["classifier", "patients + controls", *(m.replace("_", " ") for m in METRICS_SHOWN)]
+    return table_html(heads, rows)
+
+
+def overlap_html(table: pd.DataFrame) -> str:
+    """Return the overlap table; each cell has the fold maps' mean ± sd, the last row is chance."""
+    rows = []
+    for record in table.to_dict("records"):
+        row = [record["map"]]
+        for column in OVERLAP_HEADS:
+            text = number_text(record[column])
+            if record["n_folds"] and f"{column}_folds_mean" in record:
+                mean, sd = record[f"{column}_folds_mean"], record[f"{column}_folds_sd"]
+                text += f" (folds {mean:.3f} ± {sd:.3f})"
+            row.append(f"{100 * record[column]:.1f} %" if column == "dice_max_fraction" else text)
+        rows.append(row)
+    p = number_text(table["p"].iloc[0])
+    best_chance = f"≤ {number_text(table['dice_max_chance'].max())}"
+    rows.append(["chance", p, best_chance, "–", "0.500", p, p, p, "–"])
+    return table_html(["map", *OVERLAP_HEADS.values()], rows, "with-chance")
+
+
+def regions_html(regions: pd.DataFrame) -> str:
+    """Return the regions with the largest shares, one column a map."""
+    largest = regions["share"].abs().groupby(regions["region"]).max().nlargest(N_REGIONS_SHOWN)
+    rows = []
+    for region in largest.index:
+        records = regions[regions["region"] == region].to_dict("records")
+        cells = [f"{100 * r['share']:.1f} % · {r['mean']:.2g} · {r['dice']:.2f}" for r in records]
+        rows.append([records[0]["name"] or region, records[0]["n_voxels"], *cells])
+    return table_html(["region", "voxels", *dict.fromkeys(regions["map"])], rows)
+
+
+def picture_html(path: Path, caption: str) -> str:
+    """Return a picture, embedded."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = html.escape(caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
+    """Draw each map's Dice with the reference against the share of voxels taken.
+
+    Each curve has a value for every one of `overlap.TOP_FRACTIONS`; the reference fills a share p
+    of the mask.
+    """
+    percent, chance = 100 * TOP_FRACTIONS, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS)
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(percent, chance, ":", color="0.4", label="chance")
+    for name, curve in curves.items():
+        # no formula, and not hidden from the legend by an underscore in front
+        axis.plot(percent, curve, label=re.sub(r"^_", "\u200b_", name.replace("$", r"\$")))
+    axis.axvline(100 * p, color="0.85", zorder=0)
+    axis.text(100 * p, 1.01, "size of the reference", fontsize=8, color="0.5", ha="center",
+              transform=axis.get_xaxis_transform())  # fmt: skip
+    axis.set(xscale="log", xlabel="voxels taken, % of the mask", ylabel="Dice with the reference")
+    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axis.set_ylim(0, None)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+# Volumes for the slice viewers
+
+
+def shrink(img: SpatialImage) -> SpatialImage:
+    """Return an image turned to RAS axes, averaged over blocks to about the shown voxel size."""
+    img = nib.as_closest_canonical(img)
+    data = np.asarray(img.dataobj, dtype=np.float32)
+    factors = np.maximum(1, SHOWN_VOXEL_MM // nib.affines.voxel_sizes(img.affine))
+    factors = np.minimum(factors, data.shape).astype(int).tolist()
+    n_blocks = [side // factor for side, factor in zip(data.shape, factors, strict=True)]
+    cropped = data[tuple(slice(n * f) for n, f in zip(n_blocks, factors, strict=True))]
+    split = [size for pair in zip(n_blocks, factors, strict=True) for size in pair]
+    affine = img.affine @ np.diag([*factors, 1])
+    affine[:3, 3] = nib.affines.apply_affine(img.affine, [(f - 1) / 2 for f in factors])
+    return nib.Nifti1Image(cropped.reshape(split).mean((1, 3, 5)), affine)
+
+
+def encode(data: np.ndarray) -> str:
+    """Return bytes in Fortran order (first axis fastest), base64."""
+    return base64.b64encode(data.tobytes(order="F")).decode()
+
+
+def viewer_data(maps: dict[str, Map], space: Space) -> dict:
+    """Return what the page's script needs to draw the slices of all maps."""
+    background_data = shrink(space.background_img).get_fdata()
+    positive = background_data[background_data > 0]
+    top = np.percentile(positive, 99.5) if positive.size else 1.0
+    reference_data = space.reference_data.astype(np.uint8)
+    reference_img = shrink(nib.Nifti1Image(reference_data, space.like_img.affine))
+    shown = []
+    for name, each in maps.items():
+        data = shrink(each.img).get_fdata()
+        limit = color_limit(data)
+        levels = np.clip(np.round(127 * data / limit), -127, 127) + 128
+        shown.append({"name": name, "limit": limit, "data": encode(levels.astype(np.uint8))})
+    return {
+        "shape": reference_img.shape,
+        "affine": reference_img.affine.tolist(),
+        "background": encode(np.clip(255 * background_data / top, 0, 255).astype(np.uint8)),
+        "reference": encode((reference_img.get_fdata() >= 0.5).astype(np.uint8)),
+        "maps": shown,
+    }
+
+
+# The page
+
+
+def write_page(
+    path: Path,
+    facts: dict[str, str],
+    table: pd.DataFrame,
+    regions: pd.DataFrame | None,
+    runs: list[Run],
+    maps: dict[str, Map],
+    space: Space,
+) -> None:
+    """Write report.html; dice_curves.png stands beside it.
+
+    `facts` say how the page was made; `table` and `regions`, None without an atlas, are those of
+    comparison.csv and regions.csv.
+    """
+    warnings = warnings_of(table, runs, maps)
+    page = Template(TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(
+        facts="".join(
+            f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()
+        ),
+        warnings="".join(f"<li>{html.escape(text)}</li>" for text in warnings or ["None."]),
+        metrics=metrics_html(runs) if runs else "<p>No --run was given.</p>",
+        curves="".join(
+            picture_html(p, f"{run.name}: {PICTURES[p.name]}") for run in runs for p in run.pictures
+        ),
+        overlap=overlap_html(table),
+        dice_curves=picture_html(path.with_name("dice_curves.png"), "Dice against voxels taken"),
+        regions=regions_html(regions) if regions is not None else "<p>No --atlas was given.</p>",
+        data=json.dumps(viewer_data(maps, space)).replace("<", r"\u003c"),  # opens or ends no tag
+    )
+    files.write_bytes(path, page.encode(errors="xmlcharrefreplace"))

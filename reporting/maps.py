@@ -1,0 +1,220 @@
+"""Maps of many scans: running means, a fold's files, and the mean over folds."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from nibabel.spatialimages import SpatialImage
+from torch import Tensor
+
+from loading import image
+from run_folder import files, processes
+from utils import InputError
+
+OUTCOMES = ("TP", "TN", "FP", "FN")
+MEAN_SCAN = "mean_scan.nii.gz"
+IG_TOLERANCE = 0.05  # median completeness error of IG above which more --steps are advised
+MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
+TABLE_COLUMNS = {
+    "path": str, "label": int, "fold": int, "predicted": int, "probability": float, "outcome": str,
+    "logit": float, "map_sum": float, "completeness_error": float,
+}  # fmt: skip
+
+
+# Sums
+
+
+@dataclass
+class RunningMean:
+    """A mean of volumes that holds only their sum."""
+
+    total: np.ndarray | None = None
+    n: int = 0
+
+    def add(self, data: np.ndarray, n: int = 1) -> None:
+        """Add a volume, shape (D, H, W), that is the mean of `n`."""
+        if self.total is None:
+            self.total = np.zeros(data.shape)
+        self.total += data if n == 1 else n * data.astype(np.float64)
+        self.n += n
+
+    def mean(self) -> np.ndarray:
+        """Return the mean volume, float64."""
+        return self.total / self.n
+
+    def gather(self, volume_shape: tuple[int, int, int]) -> None:
+        """Add up what all processes of the job have added."""
+        self.n = sum(processes.gathered(self.n))
+        if self.n:
+            self.total = np.zeros(volume_shape) if self.total is None else self.total
+            processes.add_up(self.total)
+
+
+# A fold
+
+
+@dataclass(frozen=True)
+class ExplainedScan:
+    """A scan whose maps are made: its row in the cohort, its path there, and its logits (2,)."""
+
+    row: int
+    path: str
+    label: int
+    target: int
+    logits: Tensor
+
+    @property
+    def predicted(self) -> int:
+        """The class of the larger logit."""
+        return int(self.logits.argmax())
+
+    @property
+    def outcome(self) -> str:
+        """TP, TN, FP or FN."""
+        return ("T" if self.label == self.predicted else "F") + "NP"[self.predicted]
+
+
+@dataclass
+class FoldMaps:
+    """What one method makes of a fold's scans.
+
+    `stem` begins the names of the method's files; `like_img` is a scan of the cohort; `saves_scans`
+    makes each scan's map a file, too; `by_outcome` is empty unless asked for.
+    """
+
+    method: str
+    stem: str
+    fold: int
+    outpath: Path
+    like_img: SpatialImage
+    saves_scans: bool
+    by_outcome: dict[str, RunningMean]
+    mean: RunningMean = field(default_factory=RunningMean)
+    lines: dict[int, dict] = field(default_factory=dict)  # of the table, by the scan's row
+
+    def saved(self, scans: list[ExplainedScan]) -> list[np.ndarray] | None:
+        """Return the maps of scans that an earlier command has left; None unless all are there."""
+        paths = [self.outpath / self.name_of(scan) for scan in scans]
+        if not (self.saves_scans and all(path.is_file() for path in paths)):
+            return None
+        return [read_map(path, image.volume_shape(self.like_img)) for path in paths]
+
+    def add(self, scan: ExplainedScan, map_data: np.ndarray, zero_logits: Tensor) -> None:
+        """Add a scan's map; `zero_logits`, (2,), are those of the zero volume."""
+        logit, total = float(scan.logits[scan.target]), float(map_data.sum(dtype=np.float64))
+        zero_logit = float(zero_logits[scan.target])
+        line = {
+            "path": scan.path,
+            "label": scan.label,
+            "fold": self.fold,
+            "predicted": scan.predicted,
+            "probability": float(torch.softmax(scan.logits.double(), 0)[1]),
+            "outcome": scan.outcome,
+            "logit": logit,
+            "map_sum": total,
+            "completeness_error": completeness_error(self.method, total, logit, zero_logit),
+        }
+        if self.saves_scans:
+            line["map"] = self.name_of(scan)
+            path = self.outpath / line["map"]
+            if not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                image.write_image(path, map_data, self.like_img)
+        self.lines[scan.row] = line
+        self.mean.add(map_data)
+        if self.by_outcome:
+            self.by_outcome[scan.outcome].add(map_data)
+
+    def name_of(self, scan: ExplainedScan) -> str:
+        """Return the path of a scan's map below --outpath; no name of a scan leads out of it."""
+        name = re.sub(r"[^\w-]+", "_", Path(scan.path).name.split(".")[0])
+        name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+        return f"{self.stem}_subjects/{scan.row + 1:05d}_{name}_f{self.fold}.nii.gz"
+
+    def gather(self) -> None:
+        """Put together what all processes of the job have."""
+        for mean in (self.mean, *self.by_outcome.values()):
+            mean.gather(image.volume_shape(self.like_img))
+        lines = {row: line for part in processes.gathered(self.lines) for row, line in part.items()}
+        self.lines = dict(sorted(lines.items()))
+
+    def write(self) -> None:
+        """Write the fold's mean maps and, last, its table, which says that it is finished."""
+        for name, mean in {"": self.mean, **self.by_outcome}.items():
+            if mean.n:
+                path = self.outpath / f"{self.stem}_map_{name}{'_' * bool(name)}f{self.fold}.nii.gz"
+                image.write_image(path, mean.mean(), self.like_img)
+        table = pd.DataFrame(list(self.lines.values()))
+        files.write_csv(self.outpath / f"{self.stem}_predictions_f{self.fold}.csv", table)
+
+
+def completeness_error(method: str, total: float, logit: float, zero_logit: float) -> float:
+    """Return how far a map's sum is from what it explains, relative to that; NaN for GGC."""
+    explained = {"LRP": logit, "IG": logit - zero_logit}.get(method, np.nan)
+    return abs(total - explained) / abs(explained) if explained else np.inf
+
+
+# All folds
+
+
+def read_map(path: Path, volume_shape: tuple[int, int, int]) -> np.ndarray:
+    """Return a map's values, float32 of this shape, in C order as before they were written.
+
+    An InputError if it is damaged, or of another shape; then its values are not read.
+    """
+    try:
+        if image.open_image(path).shape == tuple(volume_shape):
+            return np.ascontiguousarray(image.read_data(path))
+        problem = f"{path} has another shape than the scans, {volume_shape}"
+    except InputError as error:
+        problem = str(error)
+    raise InputError(f"{problem}; start anew with --overwrite")
+
+
+def write_mean(path: Path, parts: Iterable[tuple[Path, int]], like_img: SpatialImage) -> None:
+    """Write the weighted mean of maps, each given as (path, weight)."""
+    mean = RunningMean()
+    for part_path, n in parts:
+        mean.add(read_map(part_path, image.volume_shape(like_img)), n)
+    image.write_image(path, mean.mean(), like_img)
+
+
+def assemble(
+    outpath: Path, stem: str, n_folds: int, by_outcome: bool, like_img: SpatialImage
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Write what a method found over all folds, from each fold's maps and table.
+
+    Returns
+    -------
+    table : DataFrame
+        All folds' lines.
+    written : list of Path
+        The mean scan, the table, the mean over the folds' maps and, if asked for, over all scans of
+        each outcome.
+    """
+    paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
+    tables = [files.read_csv(path, TABLE_COLUMNS) for path in paths]
+    table = pd.concat(tables, ignore_index=True)
+    parts = [
+        (outpath / f"mean_scan_f{fold}.nii.gz", len(table)) for fold, table in enumerate(tables)
+    ]
+    written = [outpath / f"{stem}_predictions.csv", outpath / f"{stem}_map_all.nii.gz"]
+    files.write_csv(written[0], table)
+    fold_maps = ((outpath / f"{stem}_map_f{fold}.nii.gz", 1) for fold in range(n_folds))
+    write_mean(written[1], fold_maps, like_img)
+    write_mean(outpath / MEAN_SCAN, parts, like_img)
+    for outcome in OUTCOMES if by_outcome else ():
+        counts = [int((table["outcome"] == outcome).sum()) for table in tables]
+        parts = [
+            (outpath / f"{stem}_map_{outcome}_f{fold}.nii.gz", n)
+            for fold, n in enumerate(counts)
+            if n
+        ]
+        if parts:
+            written.append(outpath / f"{stem}_map_{outcome}.nii.gz")
+            write_mean(written[-1], parts, like_img)
+    return table, [outpath / MEAN_SCAN, *written]

@@ -1,0 +1,33 @@
+"""Pictures: they are drawn of odd input too, and scales and cuts are where they should be."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import AFFINE, SHAPE, make_volume, save_scan
+
+from reporting import pictures
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def test_color_limit():
+    assert pictures.color_limit(np.arange(-1000, 1001)) == pytest.approx(1000, rel=0.01)
+    assert pictures.color_limit(np.zeros(5)) == 1
+    outlier = np.append(np.ones(10_000), 1e6)
+    assert pictures.color_limit(outlier) == pytest.approx(1)
+
+
+def test_cuts_go_evenly_through_the_head():
+    data = np.zeros(SHAPE)
+    data[4:20, 6:8, 10:20] = 1
+    cuts = pictures.mosaic_cuts(nib.Nifti1Image(data, AFFINE))
+    assert cuts["x"].min() >= 30 - 2 * 19 and cuts["x"].max() <= 30 - 2 * 4
+    assert cuts["y"].min() >= -40 + 2.5 * 6 and cuts["y"].max() <= -40 + 2.5 * 7
+    assert np.diff(cuts["z"]) == pytest.approx(np.diff(cuts["z"])[0]) and len(cuts["z"]) == 7
+
+
+def test_map_of_zeros_is_drawn(tmp_path):
+    save_scan(tmp_path / "m.nii.gz", np.zeros(SHAPE, dtype=np.float32))
+    save_scan(tmp_path / "scan.nii.gz", make_volume(0, 0))
+    png_path, html_path = pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title")
+    assert png_path.read_bytes().startswith(PNG_SIGNATURE) and "a title" in html_path.read_text()

@@ -1,0 +1,84 @@
+"""What every script shares: numbers, the device, seeds, the log, the escaping of text."""
+
+import argparse
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from utils import InputError
+
+
+def test_number():
+    parse = utils.number(float, above=0, below=1)
+    assert parse("0.5") == 0.5
+    for text in ("0", "1", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="above 0 and below 1, got"):
+            parse(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a number \(int\), got '1.5'"):
+        utils.number(int, at_least=1)("1.5")
+
+
+def test_help_shows_defaults_but_not_of_flags():
+    parser = utils.make_parser("What it does.", "--path", "--seed", "--overwrite", "--device")
+    shown = " ".join(parser.format_help().split())
+    assert "seed of all random draws (default: 0)" in shown and "subject (required)" in shown
+    assert "None" not in shown and "False" not in shown
+
+
+def test_device_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert utils.find_device(None) == utils.find_device("cpu") == torch.device("cpu")
+    for name in ("0", "cuda", "cuda:1"):
+        with pytest.raises(InputError, match=f"--device {name}: .* use --device cpu"):
+            utils.find_device(name)
+
+
+def test_device_of_each_rank(monkeypatch):
+    """Each process of a host takes the GPU of its number, and no one more than there are."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "3"}.get(name, "1"))
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert utils.find_device(None) == torch.device("cuda:1") and taken == [torch.device("cuda:1")]
+    with pytest.raises(InputError, match="leave --device out under torchrun"):
+        utils.find_device("0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="use --nproc-per-node 2"):
+        utils.find_device(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")]
+)
+def test_precision_of_float32_on_a_gpu(name, expected):
+    utils.set_precision(name)
+    assert torch.backends.cuda.matmul.fp32_precision == expected
+    assert torch.backends.cudnn.conv.fp32_precision == expected
+
+
+def test_seeds_depend_on_every_key_and_on_their_order():
+    seeds = {utils.derived_seed(*keys) for keys in ((0, 1), (1, 0), (1, 1), (2,), (0, 1, 2))}
+    assert len(seeds) == 5 and max(seeds) < 2**63
+    draws = []
+    for _ in range(2):
+        utils.seed_everything(3, 4)
+        draws.append((random.random(), np.random.rand(), float(torch.rand(()))))  # noqa: NPY002
+    assert draws[0] == draws[1]
+    rows = np.arange(10, 30)
+    order = utils.shuffled(rows, 5)
+    assert (order == utils.shuffled(rows, 5)).all() and (order != utils.shuffled(rows, 6)).any()
+    assert sorted(order) == sorted(rows)
+
+
+def test_logs_carry_no_control_characters(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(utils.log, "propagate", False)  # pytest's own log could not be sent on
+    utils.start_log(tmp_path / "x.log")
+    utils.log.warning("both labels: %s", "ä\x1b[2J\udcff\u202e")
+    utils.start_log()
+    for text in (capsys.readouterr().err, (tmp_path / "x.log").read_text()):
+        assert r"both labels: ä\x1b[2J\udcff\u202e" in text
+    assert utils.printable("two\nlines\t\r") == "two\nlines\\t\\r"
