@@ -37,9 +37,6 @@ MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
 SHOWN = ("map", *MEASURES, "p", "null_mean", "null_p")
 
 
-# Measuring
-
-
 def evidence(map_img: nib.Nifti1Image, sign: str, fwhm_mm: float) -> np.ndarray:
     """Return what of a map counts as evidence: after --sign and then --fwhm."""
     data = overlap.SIGNS[sign](map_img.get_fdata(dtype=np.float32))

@@ -1,7 +1,4 @@
-"""The cohort: its CSV, the checks on its scans, and its volumes.
-
-The CSV lists one scan a row: path, label (0 or 1) and, optionally, the subject.
-"""
+"""The cohort: its CSV (path, label 0 or 1, optional subject), checks on its scans, its volumes."""
 
 import csv
 import hashlib
@@ -69,9 +66,6 @@ class Cohort:
         }
 
 
-# The CSV
-
-
 def read_text(csv_path: Path) -> str:
     """Return the CSV's text, which must be UTF-8."""
     refusal = f"{csv_path} cannot be read as a CSV file"
@@ -88,10 +82,7 @@ def read_text(csv_path: Path) -> str:
 
 
 def read_rows(csv_path: Path) -> list[tuple[int, list[str]]]:
-    """Return the CSV's rows as (line number, cells), without header row and empty lines.
-
-    Of the separators the one is taken that finds the most labels in column 2.
-    """
+    """Return the CSV's rows as (line, cells), split where that finds the most labels."""
     text = read_text(csv_path)
     rows_by = {}
     for separator in SEPARATORS:
@@ -125,10 +116,7 @@ def is_header(cells: list[str], csv_path: Path) -> bool:
 
 
 def find_file(text: str, csv_path: Path) -> Path | None:
-    """Look a path up from the CSV's folder, then from the working directory.
-
-    Letters such as ü are found however file system and CSV compose them.
-    """
+    """Look a path up from the CSV's folder, then from here, however its letters are composed."""
     spellings = dict.fromkeys([text, *(unicodedata.normalize(f, text) for f in ("NFC", "NFD"))])
     try:
         for path in (Path(spelling).expanduser() for spelling in spellings):
@@ -179,9 +167,6 @@ def parse_rows(rows: list[tuple[int, list[str]]], csv_path: Path) -> tuple[pd.Da
     return table if has_subjects else table.drop(columns="subject"), problems
 
 
-# The scans
-
-
 def check_scans(table: pd.DataFrame) -> tuple[str, list[str]]:
     """Check that all scans are good and in one space; return the first in the space of most scans.
 
@@ -220,13 +205,7 @@ def space_of(img: SpatialImage) -> tuple:
 
 
 def read_cohort(csv_path: Path) -> Cohort:
-    """Read the CSV and check every scan in it; under torchrun the first process does it for all.
-
-    Raises
-    ------
-    InputError
-        With every problem found and its row.
-    """
+    """Read the CSV and check every scan; an InputError has all problems found, with their rows."""
     table, like_file = from_first(lambda: _check_cohort(csv_path))
     like_img = nib.load(like_file)
     columns = table.drop(columns="file")

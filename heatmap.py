@@ -44,9 +44,6 @@ OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ()}
 CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
 
 
-# Runs
-
-
 def stem_of(args: argparse.Namespace, method: str) -> str:
     """Return what the names of a method's files begin with."""
     return f"{method}_random" if args.randomize else method
@@ -71,16 +68,10 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
     return RunFolder(args.outpath, stem, record, compared, results, shared)
 
 
-# One fold
-
-
 def set_weights(
     args: argparse.Namespace, model: nn.Module, fold: TrainedFold, expected_sha256: str
 ) -> None:
-    """Give the model the fold's trained weights or, with --randomize, freshly drawn ones.
-
-    Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
-    """
+    """Give the model the fold's trained weights, or drawn ones (Adebayo et al., 1810.03292)."""
     if not args.randomize:
         if files.sha256(fold.checkpoint_path) != expected_sha256:
             raise RunError(
@@ -180,9 +171,6 @@ def work_on_fold(
                 image.write_image(path, mean_scan.mean(), cohort.like_img)
             for each in found:
                 each.write()
-
-
-# All folds
 
 
 def assemble(

@@ -59,11 +59,8 @@ MODELS = {
 class CNN3D(nn.Module):
     """Convolutional blocks (`features`) followed by two linear layers (`classifier`).
 
-    The shape of the volumes, in voxels, fixes the size of the first linear layer.
-
-    References
-    ----------
-    Wang et al., NeuroImage 269:119929, 2023, doi:10.1016/j.neuroimage.2023.119929
+    The shape of the volumes, in voxels, fixes the size of the first linear layer. Source: Wang et
+    al., NeuroImage 269:119929, 2023, doi:10.1016/j.neuroimage.2023.119929.
     """
 
     def __init__(self, spec: ModelSpec, volume_shape: tuple[int, int, int]):
@@ -96,20 +93,7 @@ class CNN3D(nn.Module):
 
 
 def build_model(name: str, volume_shape: tuple[int, int, int]) -> CNN3D:
-    """Build a freshly initialised network.
-
-    Parameters
-    ----------
-    name : str
-        A key of `MODELS`, such as "modelA24".
-    volume_shape : tuple of int, (D, H, W)
-        Shape of the volumes in voxels.
-
-    Raises
-    ------
-    InputError
-        If the name is unknown, or a side of the volume is too small for the network.
-    """
+    """Build a fresh network for volumes (D, H, W), in voxels; an InputError if too small."""
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")
     spec = MODELS[name]

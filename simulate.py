@@ -61,22 +61,15 @@ MNI_CODE = 4  # NIfTI xform code of MNI 152 space
 class Template:
     """What scans are made from, on the template's own 1 mm grid, smoothed to the cohort's voxel.
 
-    Attributes
-    ----------
-    affine : array, shape (4, 4)
-    t1_data, brain_data : float32 arrays
-        T1 intensity, 0 outside the brain; share of brain in each voxel.
-    loss_data : dict of str to (tuple of slice, float32 array)
-        Per region: the box it fills, and in it the T1 change that losing all its tissue makes.
-    weight_data : float32 array
-        Share of tissue at stake, over all regions.
+    `loss_data` has, per region, the box it fills and in it the change in T1 that losing all its
+    tissue makes.
     """
 
     affine: np.ndarray
-    t1_data: np.ndarray
-    brain_data: np.ndarray
+    t1_data: np.ndarray  # 0 outside the brain
+    brain_data: np.ndarray  # share of brain in each voxel
     loss_data: dict[str, tuple[tuple[slice, ...], np.ndarray]]
-    weight_data: np.ndarray
+    weight_data: np.ndarray  # share of tissue at stake, over all regions
 
 
 def smooth(data: np.ndarray, fwhm_vox: float) -> np.ndarray:

@@ -53,10 +53,9 @@ def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFr
 def fit_folds(
     args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, gram: np.ndarray
 ) -> tuple[list[linear_svm.FoldFit], pd.DataFrame]:
-    """Fit and test one SVM a fold; return the fits, and one row a scan in the networks' format.
+    """Fit and test one SVM a fold; return the fits, and a row a scan in the networks' format.
 
-    `probability` is the logistic function of the decision value: it ranks the scans, but is not
-    calibrated.
+    `probability` is the logistic function of the decision: it ranks scans, but is not calibrated.
     """
     fits, tables = [], []
     for fold in utils.progress(range(folds.count(splits)), "folds"):

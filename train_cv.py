@@ -55,9 +55,6 @@ RESULTS = (
 )  # fmt: skip
 
 
-# One fold
-
-
 def make_network(
     args: argparse.Namespace, shape: tuple, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Adam]:
@@ -131,9 +128,6 @@ def train_fold(
     checkpoints.write_fold(args.outpath, fold, state, predictions)
 
 
-# All folds
-
-
 def dry_run(
     args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, volumes: Volumes,
     device: torch.device,
@@ -156,15 +150,13 @@ def dry_run(
     if volumes.folder is not None:
         needs["decoded scans"] = (volumes.gb, volumes.folder)
     n_train = max(int((splits[f"fold_{f}"] == "train").sum()) for f in range(args.fold))
+    peak_gb, epoch_s = utils.peak_gb(device), step_s * n_train / args.batch
+    print(f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold")
+    print(f"a training step of {args.batch} scans: {step_s:.3g} s, peak memory {peak_gb:.3g} GB")
     print(
-        f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
-        f"a training step of {args.batch} scans: {step_s:.3g} s, peak memory "
-        f"{utils.peak_gb(device):.3g} GB",
-        f"training, an epoch: about {step_s * n_train / args.batch:.3g} s; {args.fold} folds of "
-        f"{args.epochs} epochs at the most",
-        *files.check_room(needs),
-        sep="\n",
+        f"training, an epoch: about {epoch_s:.3g} s; {args.fold} folds, {args.epochs} epochs each"
     )
+    print(*files.check_room(needs), sep="\n")
 
 
 def assemble(outpath: Path, cohort: dataset.Cohort, n_folds: int, seed: int) -> str:

@@ -32,9 +32,6 @@ class RunError(RuntimeError):
     """The run cannot go on, through no fault of the command line: one message, exit status 1."""
 
 
-# The processes of a job under torchrun; without it there is one, rank 0 of 1
-
-
 def rank() -> int:
     """Return this process's number in the job, from 0."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
@@ -53,9 +50,6 @@ def world_size() -> int:
 def is_first() -> bool:
     """Tell whether this is the process that speaks for the job."""
     return rank() == 0
-
-
-# Command-line options
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -124,14 +118,8 @@ def make_parser(doc: str, *names: str) -> argparse.ArgumentParser:
     return parser
 
 
-# The device
-
-
 def find_device(name: str | None) -> torch.device:
-    """Return the device of --device (None: the first GPU if any), the current one from now on.
-
-    An InputError if there is no such device: a missing GPU is never replaced by the CPU.
-    """
+    """Return the device of --device (None: the first GPU if any); an InputError if missing."""
     n_gpus = torch.cuda.device_count()
     if name is None and 0 < n_gpus <= local_rank():
         raise InputError(f"this host has {n_gpus} GPUs: use --nproc-per-node {n_gpus}")
@@ -175,9 +163,6 @@ def peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# Seeds
-
-
 def derived_seed(*keys: int) -> int:
     """Return a 63-bit seed that depends on the given non-negative integers and their order only."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -197,9 +182,6 @@ def shuffled(rows: np.ndarray, *keys: int) -> np.ndarray:
     return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
 
-# Log and progress
-
-
 def printable(text: str) -> str:
     """Return text with what no terminal or page should be sent as escapes, lines kept."""
     shown = (
@@ -217,11 +199,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 def start_log(log_path: Path | None = None, only_fold: int | None = None) -> None:
-    """Log to stderr and, once there is an output folder, also to a file.
-
-    Under torchrun the first process logs to stderr, the others only warnings. Each has a file, and
-    so has each task of a job array.
-    """
+    """Log to stderr and to a file, of this rank and task; ranks but the first log only warnings."""
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk loses lines instead of stopping the run
     for handler in list(log.handlers):

@@ -1,7 +1,4 @@
-"""Sums over a layer's inputs and outputs, and what makes 3D convolutions of volumes fast.
-
-All convolutions here have stride 1 and no padding.
-"""
+"""Sums over inputs and outputs of convolutions of stride 1 without padding, and fast gradients."""
 
 import itertools
 from math import prod

@@ -10,24 +10,19 @@ def guided_gradcam(model: nn.Module, volume: Tensor, target: int | Tensor) -> Te
     """Guided backpropagation times the upsampled Grad-CAM of the last convolution.
 
     Grad-CAM is taken at the convolution's output, before batch normalisation, and upsampled
-    trilinearly to the volume's grid.
+    trilinearly to the volume's grid. The map is 0 wherever Grad-CAM is 0.
 
     Parameters
     ----------
     model : Module
-        See `unmodified.check_network`.
+        See `unmodified.check_network`; a TypeError if it is of another kind.
     volume : Tensor, shape (N, 1, D, H, W), float32
     target : int or int64 Tensor of shape (N,)
 
     Returns
     -------
     Tensor, shape (N, 1, D, H, W), float32
-        0 wherever Grad-CAM is 0.
-
-    Raises
-    ------
-    TypeError, FloatingPointError
-        If the model is of another kind; if a map or a logit is NaN or infinite.
+        A FloatingPointError if a map or a logit is NaN or infinite.
 
     References
     ----------

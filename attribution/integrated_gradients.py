@@ -35,7 +35,7 @@ def integrated_gradients(
     Parameters
     ----------
     model : Module
-        See `unmodified.check_network`.
+        See `unmodified.check_network`; a TypeError if it is of another kind.
     volume : Tensor, shape (N, 1, D, H, W), float32
     target : int or int64 Tensor of shape (N,)
     n_steps : int
@@ -46,12 +46,8 @@ def integrated_gradients(
     Returns
     -------
     Tensor, shape (N, 1, D, H, W), float32
-        As n_steps grows, each map's sum approaches f(x) − f(0).
-
-    Raises
-    ------
-    TypeError, FloatingPointError
-        If the model is of another kind; if a map or a logit is NaN or infinite.
+        As n_steps grows, each map's sum approaches f(x) − f(0). A FloatingPointError if a map or a
+        logit is NaN or infinite.
 
     Notes
     -----

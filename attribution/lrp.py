@@ -27,7 +27,7 @@ def lrp(
     Parameters
     ----------
     model : Module
-        See `unmodified.check_network`.
+        See `unmodified.check_network`; a TypeError if it is of another kind.
     volume : Tensor, shape (N, 1, D, H, W), float32
     target : int or int64 Tensor of shape (N,)
     beta : float
@@ -37,14 +37,9 @@ def lrp(
     Returns
     -------
     Tensor, shape (N, 1, D, H, W), float32
-        Relevance per voxel. Each volume's map sums to the logit of its target, within 1 %, less
-        the relevance of neurons that see nothing but zeros, such as those in the background of a
-        skull-stripped scan: they drop it.
-
-    Raises
-    ------
-    TypeError, FloatingPointError
-        If the model is of another kind; if a map or a logit is NaN or infinite.
+        Each volume's map sums to the logit of its target, within 1 %, less the relevance of neurons
+        that see nothing but zeros, as in the background: they drop it. A FloatingPointError if a
+        map or a logit is NaN or infinite.
 
     References
     ----------
@@ -159,11 +154,7 @@ RULES = {
 
 
 class OnePassLRP(LRP):
-    """captum's LRP without its first forward pass, for models whose every layer has a rule of ours.
-
-    captum runs a model once more to let rules change weights, and to scale the finished relevance
-    by the logit. These rules change none, and relevance starts as the logit.
-    """
+    """captum's LRP without its first pass, which lets rules change weights: these change none."""
 
     def _compute_output_and_change_weights(self, inputs, target, additional_forward_args):
         """Return the factor of the finished relevance, without a pass."""

@@ -42,10 +42,7 @@ def row_tiles(n_scans: int) -> list[slice]:
 
 
 def gram_matrix(volumes: Volumes, block_bytes: int = BLOCK_BYTES) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Gram matrix of all scans, centred on their mean, and that mean.
-
-    They are float64 of shape (n_scans, n_scans) and float32 of shape (n_voxels,).
-    """
+    """Return the scans' Gram matrix, float64, centred on their mean, and that mean, float32."""
     n_scans = len(volumes)
     log.info(
         "the Gram matrix of %d scans takes %.3g GB of memory, less than twice that while a fold is "
@@ -74,9 +71,8 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
     gram : array, shape (n_scans, n_scans)
         Of all scans. The result does not depend on its origin, but libsvm holds inner products in
         float32, so that one near the scans is best.
-    labels : int array, shape (n_scans,)
-    train : int array
-        Rows of the scans to train on.
+    labels, train : int arrays, shape (n_scans,), (n_train,)
+        The latter are the rows to train on.
     cost : float
         The SVM's C.
 
@@ -85,12 +81,8 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
     Moving the origin to the training mean, as the definition has it, changes inner products by r_i
     + r_j + constant. It drops out of the SVM, whose coefficients add up to 0, and of the centred
     scores; so the only copy that is made is that of the training scans' inner products. The pattern
-    is A = Cov(X)·w / Var(X·w) = Xᵀs/((n−1)·Var(s)) with s = X·w centred, over the training scans:
-    its coefficients are s/((n−1)·Var(s)).
-
-    References
-    ----------
-    Haufe et al., NeuroImage 87:96-110, 2014, doi:10.1016/j.neuroimage.2013.10.067
+    is A = Cov(X)·w / Var(X·w) = Xᵀs/((n−1)·Var(s)) with s = X·w centred, over the training scans
+    (Haufe et al., NeuroImage 87:96, 2014, doi:10.1016/j.neuroimage.2013.10.067).
     """
     svc = SVC(C=cost, kernel="precomputed", tol=TOLERANCE)
     svc.fit(gram[np.ix_(train, train)], labels[train])

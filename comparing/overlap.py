@@ -38,10 +38,7 @@ def dice_matched(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 def dice_curve(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Dice coefficients of S with the top q of M, and by chance, 2pq/(p+q), for each q.
-
-    Both are arrays of shape (40,), for the fractions q in `TOP_FRACTIONS`.
-    """
+    """Return Dice of S with the top q of M, and chance, 2pq/(p+q), at `TOP_FRACTIONS`."""
     order = np.argsort(-values, kind="stable")
     n_found = np.cumsum(inside[order])
     n_top = np.maximum(1, np.round(TOP_FRACTIONS * len(values)).astype(int))
@@ -58,11 +55,7 @@ def mass(values: np.ndarray, inside: np.ndarray) -> float:
 
 
 def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
-    """Return every measure of overlap between a map and the reference, neither all of M nor none.
-
-    They are dice_matched, degenerate (fewer than K voxels are non-zero), dice_max,
-    dice_max_fraction, dice_max_chance, roc_auc, average_precision and mass.
-    """
+    """Return every measure of overlap of a map and a reference, neither all of M nor none."""
     curve, chance = dice_curve(values, inside)
     best = int(curve.argmax())
     return {
@@ -107,11 +100,7 @@ def shift_null(
 def region_table(
     values: np.ndarray, region_of_voxel: np.ndarray, names: dict[int, str]
 ) -> list[dict]:
-    """Return one row a region of an atlas, numbered in each voxel of M, 0 outside all regions.
-
-    Its `share` is of the sum over all magnitudes in M; its `dice` is of the region with as many
-    voxels of largest value.
-    """
+    """Return one row a region of an atlas; `share` is of the sum over all magnitudes in M."""
     total = np.abs(values).sum(dtype=np.float64)
     rows = []
     for region in np.unique(region_of_voxel[region_of_voxel != 0]):

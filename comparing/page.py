@@ -107,9 +107,6 @@ def completeness_errors(maps: dict[str, Map]) -> dict[str, float]:
     return errors
 
 
-# Tables and pictures
-
-
 def table_html(heads: list[str], rows: list[list[str]], css: str = "") -> str:
     """Return an HTML table; cells are escaped."""
     with pd.option_context("display.max_colwidth", None):
@@ -175,11 +172,7 @@ def picture_html(path: Path, caption: str) -> str:
 
 
 def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
-    """Draw each map's Dice with the reference against the share of voxels taken.
-
-    Each curve has a value for every one of `overlap.TOP_FRACTIONS`; the reference fills a share p
-    of the mask.
-    """
+    """Draw each map's Dice at `TOP_FRACTIONS`; the reference fills a share p of the mask."""
     percent, chance = 100 * TOP_FRACTIONS, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS)
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -196,9 +189,6 @@ def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> Non
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
-
-
-# Volumes for the slice viewers
 
 
 def shrink(img: SpatialImage) -> SpatialImage:
@@ -242,9 +232,6 @@ def viewer_data(maps: dict[str, Map], space: Space) -> dict:
     }
 
 
-# The page
-
-
 def write_page(
     path: Path,
     facts: dict[str, str],
@@ -254,11 +241,7 @@ def write_page(
     maps: dict[str, Map],
     space: Space,
 ) -> None:
-    """Write report.html; dice_curves.png stands beside it.
-
-    `facts` say how the page was made; `table` and `regions`, None without an atlas, are those of
-    comparison.csv and regions.csv.
-    """
+    """Write report.html; `facts` say how it was made, dice_curves.png stands beside it."""
     warnings = warnings_of(table, runs, maps)
     page = Template(TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(
         facts="".join(

@@ -42,9 +42,6 @@ class Space:
         return self.reference_data[self.mask_data]
 
 
-# Maps
-
-
 def same_grid(img: SpatialImage, other: SpatialImage) -> bool:
     """Tell whether two images have the same shape and affine."""
     near = np.allclose(img.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
@@ -54,11 +51,8 @@ def same_grid(img: SpatialImage, other: SpatialImage) -> bool:
 def require_same_grid(img: SpatialImage, path: Path, like_img: SpatialImage, like: str) -> None:
     """Raise an InputError that shows both grids if they differ; maps are never resampled."""
     if not same_grid(img, like_img):
-        raise InputError(
-            f"{path} and {like} are not on one grid:\n{img.shape}\n{img.affine}\nand\n"
-            f"{like_img.shape}\n{like_img.affine}\nResample one of them first; maps are not "
-            "resampled here"
-        )
+        grids = "\nand\n".join(f"{each.shape}\n{each.affine}" for each in (img, like_img))
+        raise InputError(f"{path} and {like} are not on one grid; resample one of them:\n{grids}")
 
 
 def load_maps(paths: list[Path]) -> dict[str, Map]:
@@ -92,9 +86,6 @@ def fold_paths(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(stem) + r"_f(\d+)\.nii" + re.escape(suffix))
     found = [(pattern.fullmatch(p.name), p) for p in path.parent.iterdir()]
     return [p for match, p in sorted((int(m[1]), p) for m, p in found if m)]
-
-
-# Mask, reference and background
 
 
 def load_space(

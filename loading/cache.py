@@ -37,17 +37,10 @@ OTHER_HALF = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}
 
 
 class Volumes:
-    """The scaled volumes of a cohort, in its order.
+    """The scaled volumes of a cohort's scans, in its order, with an int64 label each.
 
-    Parameters
-    ----------
-    scans, labels : list of str, int array, shape (n_scans,)
-        The scans' files and labels.
-    shape : tuple of int, (D, H, W)
-    folder : Path or None
-        Where decoded scans are kept; None: every scan is decoded whenever it is asked for.
-    n_workers : int
-        Threads that decode.
+    They are kept in a folder once they are decoded, by n_workers threads; without a folder every
+    scan is decoded whenever it is asked for.
     """
 
     def __init__(
@@ -72,8 +65,6 @@ class Volumes:
     def gb(self) -> float:
         """Size of all decoded volumes."""
         return len(self) * (HEADER_BYTES + 4 * self.n_voxels) / 1e9
-
-    # Decoding
 
     def missing(self) -> list[int]:
         """Return the rows of the scans that are still to be decoded into the folder."""
@@ -143,8 +134,6 @@ class Volumes:
                 sum(counts.values()), len(counts), names,
             )  # fmt: skip
         self.n_nonfinite.update(dict.fromkeys(counts, 0))
-
-    # Reading
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Return a scan's volume, float32 of shape (D, H, W); writing to it changes no file."""

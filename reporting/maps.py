@@ -25,9 +25,6 @@ TABLE_COLUMNS = {
 }  # fmt: skip
 
 
-# Sums
-
-
 @dataclass
 class RunningMean:
     """A mean of volumes that holds only their sum."""
@@ -52,9 +49,6 @@ class RunningMean:
         if self.n:
             self.total = np.zeros(volume_shape) if self.total is None else self.total
             processes.add_up(self.total)
-
-
-# A fold
 
 
 @dataclass(frozen=True)
@@ -158,14 +152,8 @@ def completeness_error(method: str, total: float, logit: float, zero_logit: floa
     return abs(total - explained) / abs(explained) if explained else np.inf
 
 
-# All folds
-
-
 def read_map(path: Path, volume_shape: tuple[int, int, int]) -> np.ndarray:
-    """Return a map's values, float32 of this shape, in C order as before they were written.
-
-    An InputError if it is damaged, or of another shape; then its values are not read.
-    """
+    """Return a map, float32 in C order; an InputError if it is damaged or of another shape."""
     try:
         if image.open_image(path).shape == tuple(volume_shape):
             return np.ascontiguousarray(image.read_data(path))
@@ -188,13 +176,8 @@ def assemble(
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Write what a method found over all folds, from each fold's maps and table.
 
-    Returns
-    -------
-    table : DataFrame
-        All folds' lines.
-    written : list of Path
-        The mean scan, the table, the mean over the folds' maps and, if asked for, over all scans of
-        each outcome.
+    Returns all folds' lines, and the files: the mean scan, the table, the mean over the folds' maps
+    and, if asked for, the mean over all scans of each outcome.
     """
     paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
     tables = [files.read_csv(path, TABLE_COLUMNS) for path in paths]

@@ -19,10 +19,7 @@ PREDICTION_COLUMNS = {
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Return the area under the ROC curve, NaN where a class is missing.
-
-    It is the share of (label 1, label 0) pairs that the scores rank right, ties counting half.
-    """
+    """Return the share of pairs of labels 1, 0 ranked right, ties half; NaN without a class."""
     n_positive = int(labels.sum())
     n_pairs = n_positive * (len(labels) - n_positive)
     if n_pairs == 0:
@@ -32,10 +29,7 @@ def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray) -> dict:
-    """Return the metrics of binary predictions, arrays of shape (n,); NaN where a class is missing.
-
-    Label 1 is the positive class; its probability may be any score that grows with it.
-    """
+    """Return the metrics of predictions, arrays (n,), label 1 positive; NaN without a class."""
     tp = int(np.sum((labels == 1) & (predicted == 1)))
     tn = int(np.sum((labels == 0) & (predicted == 0)))
     fp = int(np.sum((labels == 0) & (predicted == 1)))
@@ -54,10 +48,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.
 
 
 def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -> pd.DataFrame:
-    """Return the lower and upper end of each pooled metric's bootstrap interval.
-
-    Drawn with replacement is `unit`, one value a scan: the subject, or the scan itself.
-    """
+    """Return each pooled metric's interval; drawn with replacement is `unit`, a value a scan."""
     rng = np.random.default_rng(derived_seed(seed))
     rows_of_unit = list(predictions.groupby(unit.to_numpy()).indices.values())
     columns = [predictions[c].to_numpy() for c in ("label", "probability", "predicted")]
@@ -73,10 +64,7 @@ def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -
 def gather_predictions(
     outpath: Path, folds: Iterable[int], paths: pd.Series, columns: dict = PREDICTION_COLUMNS
 ) -> pd.DataFrame:
-    """Return all folds' predictions in the order of the cohort's paths, from predictions_f*.csv.
-
-    An InputError if a file is damaged, or a scan is not predicted exactly once.
-    """
+    """Return all folds' predictions in the order of paths; an InputError unless each has one."""
     table = pd.concat(
         files.read_csv(outpath / f"predictions_f{fold}.csv", columns) for fold in folds
     )
@@ -86,20 +74,10 @@ def gather_predictions(
 
 
 def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: int) -> pd.DataFrame:
-    """Return metrics per fold, then their mean and sd, then pooled over folds with intervals.
+    """Return metrics per fold 0 … k−1, then mean, sd, pooled, pooled_low and pooled_high.
 
-    Parameters
-    ----------
-    predictions : DataFrame
-        Columns fold, label, probability and predicted, one row a scan.
-    subjects : Series or None
-        Subject of each scan; with it, whole subjects are drawn for the intervals.
-    seed : int
-
-    Returns
-    -------
-    DataFrame
-        Rows fold 0 … k−1, mean, sd, pooled, pooled_low, pooled_high (95 % bootstrap interval).
+    The last two are a 95 % bootstrap interval, for which whole subjects are drawn, if there are
+    any. The predictions have a row a scan, with columns fold, label, probability and predicted.
     """
 
     def metrics_of(rows: pd.DataFrame) -> dict:
@@ -120,9 +98,6 @@ def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: i
         }
     ).T
     return pd.concat([per_fold, summary]).rename_axis("fold").reset_index()
-
-
-# Of networks
 
 
 def mean_loss(losses: list[torch.Tensor], sizes: list[int], place: str) -> float:

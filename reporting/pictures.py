@@ -53,16 +53,7 @@ def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
 
 
 def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> None:
-    """Draw the ROC curve of each fold and of all held-out scans together.
-
-    Parameters
-    ----------
-    path : Path
-    predictions : DataFrame
-        Columns fold, label and probability.
-    metrics : DataFrame
-        As `metrics.metrics_table` returns it.
-    """
+    """Draw the ROC curve of each fold and of all held-out scans; `metrics` is a metrics_table."""
     auc = metrics.set_index("fold")["roc_auc"]
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axis = figure.subplots()
@@ -98,13 +89,7 @@ def mosaic_cuts(background_img: nib.Nifti1Image) -> dict[str, np.ndarray]:
 
 
 def draw_map(stem: Path, mean_scan_path: Path, title: str) -> list[Path]:
-    """Draw the map `stem`.nii.gz over the mean scan, on the same grid.
-
-    Returns
-    -------
-    list of Path
-        Three rows of slices, `stem`.png, and three linked slices, `stem`.html, that work offline.
-    """
+    """Draw `stem`.nii.gz over the mean scan, as a .png and an offline .html; return their paths."""
     map_img, scan_img = nib.load(stem.with_suffix(".nii.gz")), nib.load(mean_scan_path)
     limit = color_limit(map_img.get_fdata())
     shown = {"cmap": MAP_COLORS, "vmax": limit, "threshold": HIDDEN_FRACTION * limit}

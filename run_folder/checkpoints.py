@@ -1,11 +1,6 @@
-"""What a fold keeps: its state and a checkpoint an epoch while in training, its files at the end.
-
-Files are loaded without running code from them.
-"""
+"""What a fold keeps in training and at its end; files are loaded without running code from them."""
 
 import io
-import pickle
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +10,6 @@ from torch import nn
 
 from run_folder import files
 from utils import InputError
-
-ERRORS = (  # of torch.load and load_state_dict on what is no checkpoint, or another model's
-    pickle.UnpicklingError, struct.error, ArithmeticError, AttributeError, EOFError, LookupError,
-    OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 
 
 @dataclass
@@ -37,10 +27,7 @@ class FoldState:
         return len(self.history)
 
     def add(self, model: nn.Module, delta: float, **measured: float) -> bool:
-        """Add an epoch; return whether it is the best so far.
-
-        `measured`: train_loss, valid_loss, valid_accuracy and seconds.
-        """
+        """Add an epoch's losses, accuracy and seconds; return whether it is the best so far."""
         is_best = not self.history or measured["valid_loss"] < self.best_loss - delta
         self.history.append({"epoch": self.epoch + 1, **measured})
         self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
@@ -79,10 +66,7 @@ def save(
 
 
 def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Adam) -> FoldState:
-    """Return a fold's state, with its weights put back, or a fresh state if it never began.
-
-    An InputError if the checkpoint is damaged, or that of another model.
-    """
+    """Return a fold's state and put its weights back; a fresh state if it never began."""
     path = checkpoint_path(outpath, fold)
     if not path.is_file():
         return FoldState()
@@ -93,7 +77,7 @@ def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Ad
             model.load_state_dict(weights)
         options = optimizer.state_dict()["param_groups"]  # the command's, not the file's
         optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": options})
-    except ERRORS as error:
+    except Exception as error:  # torch.load lets through whatever bytes provoke
         raise InputError(
             f"{path} cannot resume this fold; start anew with --overwrite: {_reason(error)}"
         ) from None
@@ -106,7 +90,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise InputError(f"there is no checkpoint {path}")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except ERRORS as error:
+    except Exception as error:  # torch.load lets through whatever bytes provoke
         raise InputError(
             f"{path} holds no weights of this model for volumes of this shape: {_reason(error)}"
         ) from None

@@ -19,9 +19,6 @@ from utils import InputError, RunError
 TEMPORARY_PREFIX = ".tmp-"
 
 
-# Folders
-
-
 def nearest_folder(path: Path) -> Path:
     """Return what there is of a path: itself, or the nearest of its parents."""
     path = path.absolute()
@@ -32,14 +29,12 @@ def check_outpath(outpath: Path, option: str = "--outpath") -> None:
     """Refuse a folder to write to that is a file or may not be written, before anything is."""
     try:
         there = nearest_folder(outpath)
+        reason = "" if os.access(there, os.W_OK) else "Permission denied"
+        reason = reason if there.is_dir() else f"{there} is a file"
     except OSError as error:  # a name too long
-        raise InputError(
-            f"{option} {outpath} cannot be used as a folder: {error.strerror}"
-        ) from None
-    if not there.is_dir():
-        raise InputError(f"{option} {outpath} cannot be used as a folder: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{option} {outpath} cannot be used as a folder: Permission denied")
+        reason = error.strerror
+    if reason:
+        raise InputError(f"{option} {outpath} cannot be used as a folder: {reason}")
 
 
 def make_outpath(outpath: Path, option: str = "--outpath") -> Path:
@@ -61,10 +56,7 @@ def free_gb(path: Path) -> float:
 
 
 def check_room(needed_gb: dict[str, tuple[float, Path]]) -> list[str]:
-    """Compare what a run would write, {name: (GB, where)}, with what is free; return a line each.
-
-    An InputError if what goes to one disk does not fit on it.
-    """
+    """Return a line for each {name: (GB, where)}; an InputError if a disk has not the room."""
     disks = {name: nearest_folder(path).stat().st_dev for name, (_, path) in needed_gb.items()}
     for name, (_, path) in needed_gb.items():
         together = [other for other in needed_gb if disks[other] == disks[name]]
@@ -80,25 +72,12 @@ def check_room(needed_gb: dict[str, tuple[float, Path]]) -> list[str]:
     ]
 
 
-# Writing
-
-
 @contextmanager
 def whole_file(path: Path, temporary_name: str = "", n_bytes: int = 0) -> Iterator[Path]:
-    """Yield a temporary path; flush it and rename it onto `path` when all went well.
+    """Yield a temporary path; flush it and rename it onto `path`, which is unharmed until then.
 
-    Parameters
-    ----------
-    path : Path
-    temporary_name : str
-        A name of this process's own, where several may write `path` at once.
-    n_bytes : int
-        How large the file may become, for the message when the disk is full.
-
-    Raises
-    ------
-    RunError
-        If the file cannot be written; what stood at `path` is unharmed.
+    A RunError if that fails. Where several processes may write `path`, each needs a temporary name;
+    `n_bytes` is for the message when the disk is full.
     """
     temporary_path = path.with_name(TEMPORARY_PREFIX + (temporary_name or path.name))
     try:
@@ -142,9 +121,6 @@ def write_npy(path: Path, values: list[float]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(values, dtype=np.float64))
     write_bytes(path, buffer.getvalue())
-
-
-# Reading
 
 
 def read_json(path: Path) -> dict:

@@ -35,18 +35,12 @@ def draw(table: pd.DataFrame, n_folds: int, val_fraction: float, seed: int) -> p
     val_fraction : float
         Share of each fold's remaining scans that goes to validation. With subjects it is rounded
         to 1/k or 1 − 1/k, k an integer from 2.
-    n_folds, seed : int
 
     Returns
     -------
     DataFrame
         The table, then fold_0 … fold_{k−1} with "train", "val" or "test". Every scan is tested in
-        exactly one fold.
-
-    Raises
-    ------
-    InputError
-        If a class, or the subjects, are too few for this many folds.
+        exactly one fold. An InputError if scans or subjects are too few for that.
     """
     labels, subjects = table["label"].to_numpy(), table.get("subject")
     for label in (0, 1):
@@ -108,10 +102,7 @@ def count(splits: pd.DataFrame) -> int:
 
 
 def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Read a run's splits.csv, in the order of the scans in `table` (path, label).
-
-    An InputError if there is no such file, or its scans or labels are not the table's.
-    """
+    """Read splits.csv in the order of `table` (path, label); an InputError if scans differ."""
     if not path.is_file():
         raise InputError(
             f"there is no {path} of train_cv.py; heatmap.py --subjects all does without it"

@@ -1,7 +1,4 @@
-"""How a script's processes begin, wait for each other and end: torchrun, signals, exit statuses.
-
-Without torchrun a job is one process, and nothing here waits.
-"""
+"""How a script's processes begin, wait for each other and end: torchrun, signals, exit statuses."""
 
 import argparse
 import os
@@ -38,9 +35,6 @@ class Stopped(KeyboardInterrupt):
 
 class SaidByFirst(InputError):
     """The first process of the job reports this error; the others end without a word."""
-
-
-# Exit statuses
 
 
 def run_script(main: Callable, args: argparse.Namespace, kept: str = "") -> int:
@@ -86,22 +80,19 @@ def run_script(main: Callable, args: argparse.Namespace, kept: str = "") -> int:
 def stoppable() -> Iterator[None]:
     """Let the first SIGINT or SIGTERM raise `Stopped`, so that files close; a second one kills."""
 
-    def stop(signal_number, frame):
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def stop(signal_number, frame):
+        restore()
         raise Stopped(signal_number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# Several processes
+        restore()
 
 
 @contextmanager
@@ -132,10 +123,7 @@ def wait_for_all() -> None:
 
 
 def from_first(function: Callable[[], object]) -> object:
-    """Call a function in the first process only, and return its result in all of them.
-
-    Its InputError is raised in the first process, and SaidByFirst in the others.
-    """
+    """Call a function in the first process; return its result, or refuse its input, in all."""
     if world_size() == 1:
         return function()
     outcome, refusal = [None, False], None

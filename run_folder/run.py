@@ -23,11 +23,9 @@ POLL_SECONDS = 0.25
 
 @contextmanager
 def locked(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of one piece of work in a folder; `name` is part of a file name.
+    """Hold the lock of one piece of work in a folder; wait for another process, or refuse.
 
-    The operating system takes the lock back when its process ends, however it ends. It is taken
-    with flock, which Linux carries to other hosts over NFS. If another process holds it, wait for a
-    day at most, or raise an InputError with its host and process.
+    The system takes a lock back when its process ends, and carries flock to other hosts over NFS.
     """
     lock_path = folder / LOCK_FOLDER / f"{name}.lock"
     owner_path = lock_path.with_suffix(".owner")
@@ -70,35 +68,19 @@ def new_record(script: str, arguments: dict, **facts: object) -> dict:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run of some folds below --outpath; a command that would write the same record resumes it.
+    """A run of some folds below --outpath; a command that would write this record resumes it."""
 
-    Attributes
-    ----------
-    path, name : Path, str
-        --outpath; "run" (its record is run.json), or a method of heatmap.py ("LRP": LRP_run.json).
-    record : dict
-        What the record says of a run that begins now; see `new_record`. "n_folds" says how many.
-    compared : tuple of str
-        Keys of the record, or of its "arguments", that results depend on.
-    results : tuple of str
-        Globs of all that the run writes; * in the first one is the number of a finished fold.
-    shared : tuple of str
-        Globs of what other runs in the folder write alike; a run that starts anew leaves them.
-    """
-
-    path: Path
-    name: str
-    record: dict
-    compared: tuple[str, ...]
-    results: tuple[str, ...]
-    shared: tuple[str, ...] = ()
+    path: Path  # --outpath
+    name: str  # "run" (its record is run.json), or a method of heatmap.py ("LRP": LRP_run.json)
+    record: dict  # what it says of a run that begins now, see `new_record`; it needs "n_folds"
+    compared: tuple[str, ...]  # keys of the record, or of its "arguments", results depend on
+    results: tuple[str, ...]  # globs of all that it writes; * in the first is a finished fold's
+    shared: tuple[str, ...] = ()  # globs of what other runs in the folder write alike, too
 
     @property
     def record_path(self) -> Path:
         """The file of the record."""
         return self.path / ("run.json" if self.name == "run" else f"{self.name}_run.json")
-
-    # Begin, or resume
 
     def check(self, overwrite: bool) -> bool:
         """Return whether there is a run to resume; write nothing.
@@ -161,10 +143,8 @@ class RunFolder:
     def start(
         self, overwrite: bool = False, tables: dict[str, pd.DataFrame] | None = None
     ) -> "RunFolder":
-        """Resume the run, or remove what is replaced and begin: `tables` first, the record last.
-
-        Returns the run with the record that stands in the folder now. Raises InputError as `check`
-        does, or if another process works on the run that would be replaced.
+        """Resume, or remove what is replaced and begin: `tables` first, the record last; return the
+        run.
         """
         self.check(overwrite)
         files.make_outpath(self.path)
@@ -181,8 +161,6 @@ class RunFolder:
             files.write_json(self.record_path, self.record)
         return self
 
-    # Work
-
     def unfinished(self, folds: Iterable[int]) -> list[int]:
         """Return those of the folds that are not done."""
         done = {fold: self.path / self.results[0].replace("*", str(fold)) for fold in folds}
@@ -190,10 +168,7 @@ class RunFolder:
 
     @contextmanager
     def hold(self, fold: int) -> Iterator[bool]:
-        """Be the one process that works on a fold; yield whether it is still to be done.
-
-        An InputError if another process holds it, or the run was started anew meanwhile.
-        """
+        """Be the only process on a fold, or raise an InputError; yield whether it is to be done."""
         with ExitStack() as stack:
             with self._lock("start", wait=True):
                 stack.enter_context(self._lock(f"fold_{fold}"))

@@ -22,7 +22,7 @@ class TrainedFold:
 def plan(
     modelpath: Path, facts: dict, n_folds: int | None, table: pd.DataFrame, only_held_out: bool
 ) -> list[TrainedFold]:
-    """Return the folds to explain.
+    """Return the folds to explain; an InputError if the run is of another model, scans or folds.
 
     Parameters
     ----------
@@ -36,11 +36,6 @@ def plan(
         The scans: path, label.
     only_held_out : bool
         Each fold explains its test scans only, as splits.csv has them.
-
-    Raises
-    ------
-    InputError
-        If the run is of another model, scans or folds.
     """
     n_folds = _count_folds(modelpath, facts, n_folds)
     if n_folds > len(table):
@@ -80,13 +75,10 @@ def _count_folds(modelpath: Path, facts: dict, n_folds: int | None) -> int:
 
 def _is_same(then: object, now: object) -> bool:
     """Tell whether an entry of run.json is this value; numbers may differ by rounding."""
-    if isinstance(now, str):
-        return then == now
     try:
-        then, now = np.array(then, dtype=float), np.array(now, dtype=float)
-    except (TypeError, ValueError, OverflowError):
+        return then == now or np.allclose(then, now, rtol=0, atol=1e-3)
+    except (TypeError, ValueError, ArithmeticError):
         return False
-    return then.shape == now.shape and np.allclose(then, now, rtol=0, atol=1e-3)
 
 
 def checksums(modelpath: Path, plan: list[TrainedFold], only_held_out: bool) -> dict[str, str]:
