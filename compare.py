@@ -34,7 +34,7 @@ from run_folder.processes import run_script
 from utils import log
 
 MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
-SHOWN = ("map", *MEASURES, "p", "null_mean", "null_p")
+SHOWN = ("map", *MEASURES, "p", "null_mean", "null_p", "outside")
 
 
 def evidence(map_img: nib.Nifti1Image, sign: str, fwhm_mm: float) -> np.ndarray:
@@ -68,6 +68,10 @@ def measure(
         of_measure = of_folds.get(measure_name, pd.Series(dtype=float))
         row[f"{measure_name}_folds_mean"] = of_measure.mean()
         row[f"{measure_name}_folds_sd"] = of_measure.std()
+    total = np.abs(data).sum(dtype=np.float64)
+    row["outside"] = (
+        np.abs(data[~space.mask_data]).sum(dtype=np.float64) / total if total else np.nan
+    )
     if row["degenerate"]:
         log.warning("%s: fewer non-zero voxels than the reference has", name)
     return row, overlap.dice_curve(values, inside)[0], data
@@ -84,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--reference", type=Path, required=True, metavar="FILE",
            help="the reference map; resampled to the maps' grid if it is on another")
     option("--mask", type=Path, default=None, metavar="FILE",
-           help="analysis mask; left out: where the mean scan beside the maps, or a map, is not 0")
+           help="analysis mask; left out: where at least half of the explained scans are not 0")
     option("--reference-threshold", type=number(float), default=0.0,
            help="the reference is where its map is above this")
     option("--sign", choices=list(overlap.SIGNS), default="abs", help="what counts as evidence")

@@ -5,9 +5,9 @@ import hashlib
 import io
 import re
 import unicodedata
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import nibabel as nib
@@ -24,10 +24,10 @@ from utils import InputError, log, progress, some_of
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # spreadsheets and pandas write 1.0 for 1
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # the last two as spreadsheets write
 IMAGE_SUFFIXES = (".nii", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".head", ".brik", ".par", ".rec")
+BIDS_SUBJECT = r"(?:^|[/\\_])(sub-[A-Za-z0-9]+)"  # the first in a path
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 MAX_TEXT_SHOWN = 100  # letters of a cell in a message
 MAX_PROBLEMS_SHOWN = 20
-AFFINE_TOLERANCE_MM = 1e-3
 N_CHECK_THREADS = 8
 
 
@@ -187,32 +187,35 @@ def check_scans(table: pd.DataFrame) -> tuple[str, list[str]]:
     good = [(row, img) for row, img, _ in checked if img]
     if not good:
         return "", problems
-    common_space, _ = Counter(space_of(img) for _, img in good).most_common(1)[0]
-    like_img = next(img for _, img in good if space_of(img) == common_space)
-    name, shape, affine = like_img.get_filename(), image.volume_shape(like_img), like_img.affine
+    spaces: list[list] = []  # images in one space, the first of them decides
     for row, img in good:
+        same = (space for space in spaces if image.same_space(img, space[0][1]))
+        if (space := next(same, None)) is None:
+            spaces.append(space := [])
+        space.append((row, img))
+    spaces.sort(key=len, reverse=True)
+    like_img = spaces[0][0][1]
+    name, shape, affine = like_img.get_filename(), image.volume_shape(like_img), like_img.affine
+    for row, img in sorted((each for space in spaces[1:] for each in space), key=itemgetter(0)):
         where = f"row {row.line}: {row.path} has"
         if image.volume_shape(img) != shape:
             problems.append(f"{where} shape {img.shape}, the other scans {shape}")
-        elif not np.allclose(img.affine, affine, rtol=0, atol=AFFINE_TOLERANCE_MM):
+        else:
             problems.append(f"{where} another affine than {name}:\n{img.affine}\nnot\n{affine}")
+    if not all(image.states_orientation(img) for _, img in good):
+        image.warn_of_orientation("a scan")
     return name, problems
 
 
-def space_of(img: SpatialImage) -> tuple:
-    """Return a hashable key of an image's shape and affine."""
-    return image.volume_shape(img), (np.round(img.affine, 2) + 0.0).tobytes()
-
-
-def read_cohort(csv_path: Path) -> Cohort:
+def read_cohort(csv_path: Path, no_subjects: bool = False) -> Cohort:
     """Read the CSV and check every scan; an InputError has all problems found, with their rows."""
-    table, like_file = from_first(lambda: _check_cohort(csv_path))
+    table, like_file = from_first(lambda: _check_cohort(csv_path, no_subjects))
     like_img = nib.load(like_file)
     columns = table.drop(columns="file")
     return Cohort(columns, table["file"].tolist(), image.volume_shape(like_img), like_img)
 
 
-def _check_cohort(csv_path: Path) -> tuple[pd.DataFrame, str]:
+def _check_cohort(csv_path: Path, no_subjects: bool) -> tuple[pd.DataFrame, str]:
     """Return the cohort's table and the file of its first scan, or raise what is wrong."""
     table, problems = parse_rows(read_rows(csv_path), csv_path)
     like_file, scan_problems = check_scans(table)
@@ -223,9 +226,15 @@ def _check_cohort(csv_path: Path) -> tuple[pd.DataFrame, str]:
             listed.append(f"… and {len(problems) - len(listed)} more problems")
         raise InputError(f"{csv_path}:\n  " + "\n  ".join(listed))
     table = table.drop(columns="line").astype({"label": "int64"})
+    source = "column 3 is the subject"
+    if "subject" not in table and not no_subjects:
+        subjects = table["path"].str.extract(BIDS_SUBJECT, expand=False)
+        if subjects.notna().all() and subjects.duplicated().any():
+            table["subject"] = subjects
+            source = "sub-… in the paths is the subject (--no-subjects turns this off)"
     if "subject" in table:
         n_labels = table.groupby("subject")["label"].nunique()
-        log.info("column 3 is the subject: %d subjects, %d scans", len(n_labels), len(table))
+        log.info("%s: %d subjects, %d scans", source, len(n_labels), len(table))
         mixed = n_labels.index[n_labels > 1]
         if len(mixed):
             log.warning("%d subjects have scans of both labels: %s", len(mixed), some_of(mixed))

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -29,6 +30,7 @@ import attribution
 import dataset
 import models
 import utils
+from attribution.guided_gradcam import CAMS
 from loading import image
 from reporting import maps, pictures
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
@@ -36,11 +38,13 @@ from run_folder import checkpoints, files, folds, trained_run
 from run_folder.processes import from_first, run_script
 from run_folder.run import RunFolder, locked, new_record
 from run_folder.trained_run import TrainedFold
-from utils import RunError, log
+from utils import InputError, RunError, log
 
+EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05  # of a probability, for fp32; for tf32 and bf16
+MAX_SHARE = 0.5  # of the power of all folds' maps, by one fold
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
-OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ()}
+OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ("cam",)}
 CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
 
 
@@ -51,7 +55,12 @@ def stem_of(args: argparse.Namespace, method: str) -> str:
 
 def parameters_of(args: argparse.Namespace, method: str) -> dict:
     """Return a method's own parameters."""
-    return {"LRP": {"beta": args.beta}, "IG": {"n_steps": args.steps}, "GGC": {}}[method]
+    of_methods = {
+        "LRP": {"beta": args.beta},
+        "IG": {"n_steps": args.steps},
+        "GGC": {"cam": args.cam},
+    }
+    return of_methods[method]
 
 
 def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
@@ -64,26 +73,76 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
         f"{stem}_subjects/[0-9]*_f*.nii.gz",
     )  # fmt: skip
     compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *(["seed"] * args.randomize), *CONTENTS)
-    shared = ("mean_scan.nii.gz", "mean_scan_f*.nii.gz")
+    shared = tuple(
+        f"{name}{fold}.nii.gz" for name in ("mean_scan", "coverage") for fold in ("", "_f*")
+    )
     return RunFolder(args.outpath, stem, record, compared, results, shared)
 
 
-def set_weights(
-    args: argparse.Namespace, model: nn.Module, fold: TrainedFold, expected_sha256: str
+def set_weights(model: nn.Module, fold: TrainedFold, expected_sha256: str) -> None:
+    """Give the model the fold's trained weights; they must be those that the run began with."""
+    if files.sha256(fold.checkpoint_path) != expected_sha256:
+        raise RunError(
+            f"{fold.checkpoint_path} has changed since these maps were begun: when training is "
+            "done, start anew with --overwrite"
+        )
+    checkpoints.load_weights(fold.checkpoint_path, model)
+
+
+@torch.no_grad()
+def draw_weights(
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Give the model weights that it never had, and its batch norms the statistics of such a model.
+
+    They are cumulative averages over scans that the fold was trained on, in the run's batch size.
+    Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
+    """
+    utils.seed_everything(args.seed, fold.number, purpose="untrained")
+    untrained = models.build_model(args.model, cohort.volume_shape)  # on the CPU, wherever it runs
+    model.load_state_dict(untrained.state_dict())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    momentum = norms[0].momentum
+    for norm in norms:
+        norm.momentum = None
+    batch, _ = trained_run.arithmetic(args.modelpath)
+    model.train()
+    for volumes, _ in cohort.volumes(None, args.workers).batches(fold.train_rows, batch, device):
+        model(volumes)
+    model.eval()
+    for norm in norms:
+        norm.momentum = momentum
+
+
+def check_probability(
+    args: argparse.Namespace, fold: TrainedFold, path: str, found: float, expected: float
 ) -> None:
-    """Give the model the fold's trained weights, or drawn ones (Adebayo et al., 1810.03292)."""
-    if not args.randomize:
-        if files.sha256(fold.checkpoint_path) != expected_sha256:
-            raise RunError(
-                f"{fold.checkpoint_path} has changed since these maps were begun: when training is "
-                "done, start anew with --overwrite"
-            )
+    """Raise an InputError unless trained weights see in a scan what they saw when it was tested."""
+    _, precision = trained_run.arithmetic(args.modelpath)
+    if abs(found - expected) > (EXACT_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE):
+        raise InputError(
+            f"{path} is not the scan that fold {fold.number} was tested on: its probability is "
+            f"{found:.3f}, and {expected:.3f} in the predictions of {args.modelpath}"
+        )
+
+
+@torch.no_grad()
+def check_scans(
+    args: argparse.Namespace, cohort: dataset.Cohort, plan: list[TrainedFold], model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Check the first test scan of each fold by the fold's trained weights."""
+    for fold in plan:
+        tested = np.flatnonzero(np.isfinite(fold.probabilities))
+        if not len(tested):
+            log.info("fold %d has no predictions: its scans are not checked", fold.number)
+            continue
+        row, expected = fold.rows[tested[0]], fold.probabilities[tested[0]]
         checkpoints.load_weights(fold.checkpoint_path, model)
-        return
-    utils.seed_everything(args.seed, fold.number)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        volumes, _ = next(cohort.volumes(None, 1).batches(np.array([row]), 1, device))
+        found = float(torch.softmax(model(volumes)[0].double(), 0)[1])
+        check_probability(args, fold, cohort.table["path"].iloc[row], found, expected)
 
 
 def explain(
@@ -104,9 +163,12 @@ def explain(
 def explain_fold(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, methods: list[str],
     model: nn.Module, device: torch.device,
-) -> tuple[list[FoldMaps], RunningMean]:  # fmt: skip
-    """Explain a fold's scans, shared among the job's processes; return maps and the mean scan."""
-    found, mean_scan = [], RunningMean()
+) -> tuple[list[FoldMaps], dict[str, RunningMean]]:  # fmt: skip
+    """Explain a fold's scans, shared among the job's processes.
+
+    Returns the methods' maps, and by file name the mean scan and the share of scans that are not 0.
+    """
+    found, of_scans = [], {maps.MEAN_SCAN: RunningMean(), maps.COVERAGE: RunningMean()}
     for method in methods:
         by_outcome = {name: RunningMean() for name in maps.OUTCOMES} if args.by_outcome else {}
         found.append(
@@ -116,35 +178,37 @@ def explain_fold(
             )
         )  # fmt: skip
     zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu()
-    rows = fold.rows[utils.rank() :: utils.world_size()]
-    parts = [rows[start : start + args.batch] for start in range(0, len(rows), args.batch)]
-    batches = cohort.volumes(None, args.workers).batches(rows, args.batch, device)
-    bar = utils.progress(parts, f"fold {fold.number}", leave=False)
-    for part, (volumes, labels) in zip(bar, batches, strict=True):
+    mine = np.arange(len(fold.rows))[utils.rank() :: utils.world_size()]
+    chunks = [mine[start : start + args.batch] for start in range(0, len(mine), args.batch)]
+    batches = cohort.volumes(None, args.workers).batches(fold.rows[mine], args.batch, device)
+    bar = utils.progress(chunks, f"fold {fold.number}", leave=False)
+    for chunk, (volumes, labels) in zip(bar, batches, strict=True):
         logits = model(volumes)
         targets = {"label": labels, "predicted": logits.argmax(1)}.get(args.target)
         if targets is None:
             targets = torch.full_like(labels, int(args.target))
-        columns = (
-            part.tolist(),
-            cohort.table["path"].iloc[part],
-            labels.tolist(),
-            targets.tolist(),
-        )
+        rows = fold.rows[chunk]
+        columns = (rows.tolist(), cohort.table["path"].iloc[rows], labels.tolist(),
+                   fold.parts[chunk].tolist(), targets.tolist())  # fmt: skip
         scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu(), strict=True)]
+        for scan, expected in zip(scans, fold.probabilities[chunk], strict=True):
+            if np.isfinite(expected) and not args.randomize:
+                check_probability(args, fold, scan.path, scan.probability, expected)
         for volume in volumes.cpu().numpy():
-            mean_scan.add(volume[0])
+            of_scans[maps.MEAN_SCAN].add(volume[0])
+            of_scans[maps.COVERAGE].add(volume[0] != 0)
         for each in found:
-            of_scans = each.saved(scans)
-            if of_scans is None:
+            maps_data = each.saved(scans)
+            if maps_data is None:
                 place = f"{', '.join(scan.path for scan in scans)} in fold {fold.number}"
-                of_scans = explain(args, each.method, model, volumes, targets, place)
-            for scan, map_data in zip(scans, of_scans, strict=True):
+                maps_data = explain(args, each.method, model, volumes, targets, place)
+            for scan, map_data in zip(scans, maps_data, strict=True):
                 each.add(scan, map_data, zero_logits)
     for each in found:
         each.gather()
-    mean_scan.gather(cohort.volume_shape)
-    return found, mean_scan
+    for mean in of_scans.values():
+        mean.gather(cohort.volume_shape)
+    return found, of_scans
 
 
 def work_on_fold(
@@ -163,12 +227,16 @@ def work_on_fold(
             log.info("fold %d is explained already", fold.number)
             return
         record = runs[methods[0]].record
-        set_weights(args, model, fold, record["modelpath_sha256"][fold.checkpoint_path.name])
-        found, mean_scan = explain_fold(args, cohort, fold, methods, model, device)
+        if args.randomize:
+            draw_weights(args, cohort, fold, model, device)
+        else:
+            set_weights(model, fold, record["modelpath_sha256"][fold.checkpoint_path.name])
+        found, of_scans = explain_fold(args, cohort, fold, methods, model, device)
         if utils.is_first():
             with locked(args.outpath, "mean_scan", wait=True):
-                path = args.outpath / f"mean_scan_f{fold.number}.nii.gz"
-                image.write_image(path, mean_scan.mean(), cohort.like_img)
+                for name, mean in of_scans.items():
+                    path = args.outpath / name.replace(".", f"_f{fold.number}.", 1)
+                    image.write_image(path, mean.mean(), cohort.like_img)
             for each in found:
                 each.write()
 
@@ -179,10 +247,14 @@ def assemble(
     """Write what a method found over all folds; return the files."""
     stem, n_folds = stem_of(args, method), run.record["n_folds"]
     with locked(args.outpath, "mean_scan", wait=True):
-        table, written = maps.assemble(
-            args.outpath, stem, n_folds, args.by_outcome, cohort.like_img
+        table, shares, written = maps.assemble(
+            args.outpath, stem, n_folds, cohort.like_img, args.by_outcome, args.mean == "equal"
         )
-    error = None if method == "GGC" else float(table["completeness_error"].median())
+    median = float(table["completeness_error"].median())
+    error = None if np.isnan(median) else median
+    parts = set(table["part"].fillna(""))
+    n_zero = (table["map_sum"] == 0).groupby(table["fold"]).sum()
+    warn_of(method, n_zero, shares, parts)
     if error is not None:
         is_large = method == "IG" and error > maps.IG_TOLERANCE
         say, advice = (log.warning, "; more --steps lower it") if is_large else (log.info, "")
@@ -195,10 +267,15 @@ def assemble(
         "parameters": parameters_of(args, method),
         "target": args.target,
         "subjects": args.subjects,
+        "held_out": None if "" in parts else parts == {"test"},
         "model": args.model,
         "seed": args.seed,
+        "mean": args.mean,
         "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
+        "zero_maps_per_fold": {str(fold): int(n) for fold, n in n_zero.items()},
+        "power_share_per_fold": {str(fold): round(share, 4) for fold, share in shares.items()},
         "background": maps.MEAN_SCAN,
+        "orientation": image.orientation_of(cohort.like_img),
         "median_completeness_error": error,
         "checkpoints_sha256": checkpoints_sha256,
         "versions": utils.versions(),
@@ -206,8 +283,24 @@ def assemble(
     map_stem = args.outpath / f"{stem}_map_all"
     files.write_json(map_stem.with_suffix(".json"), sidecar)
     title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
+    title += ", not all scans held out" * bool(parts & {"train", "val"})
     drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
     return [*written, map_stem.with_suffix(".json"), *drawn]
+
+
+def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set[str]) -> None:
+    """Say what a reader of a mean map must know of the maps that went into it."""
+    if n_zero.any():
+        named = ", ".join(f"{n} of fold {fold}" for fold, n in n_zero[n_zero > 0].items())
+        log.warning("%s: maps of scans that are 0 everywhere count in the mean: %s", method, named)
+    for fold, share in shares.items():
+        if share > max(MAX_SHARE, 2 / len(shares)) or share == 0:
+            log.warning(
+                "%s: fold %d has %.0f %% of the power of all folds' maps: the mean is the map of "
+                "the folds with the largest logits; see --mean equal", method, fold, 100 * share,
+            )  # fmt: skip
+    if parts & {"train", "val"}:
+        log.warning("%s: not all explained scans were held out; see the column part", method)
 
 
 def dry_run(
@@ -237,8 +330,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, "--path", "--outpath", "--seed", "--device", "--workers", "--only-fold",
-        "--dry-run", "--overwrite",
+        __doc__, "--path", "--outpath", "--no-subjects", "--seed", "--device", "--workers",
+        "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
     # fmt: off
@@ -255,10 +348,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="IG: steps of the path")
     option("--beta", type=number(float, at_least=0), default=attribution.BETA,
            help="LRP: beta of the rule")
+    option("--cam", choices=CAMS, default=CAMS[0],
+           help="GGC: stretch the last convolution's grid over the volume, as published, or lay "
+                "its cells where they see")
     option("--target", choices=["label", "predicted", "0", "1"], default="label",
            help="the class whose logit is explained")
     option("--subjects", choices=["test", "all"], default="test",
            help="test: each scan by the fold that held it out; all: every scan by every fold")
+    option("--mean", choices=["plain", "equal"], default="plain",
+           help="mean over folds of their maps as they are, or scaled to equal power; typed anew "
+                "with the other one, a finished run is only put together again")
     option("--by-outcome", action="store_true", help="also one mean map per TP, TN, FP and FN")
     option("--save-subjects", action="store_true", help="also one map per scan")
     option("--randomize", action="store_true",
@@ -275,7 +374,7 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     utils.set_precision("fp32")
     device = utils.find_device(args.device)
-    cohort = dataset.read_cohort(args.path)
+    cohort = dataset.read_cohort(args.path, args.no_subjects)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
     of_run = {key: facts[key] for key in ("model", "volume_shape", "affine")}
@@ -290,6 +389,7 @@ def main(args: argparse.Namespace) -> None:
     runs = {method: make_run(args, method, record) for method in args.method}
     for run in runs.values():
         run.check(args.overwrite)  # nothing is written yet
+    from_first(lambda: check_scans(args, cohort, [plan[fold] for fold in wanted], model, device))
     if args.dry_run:
         return dry_run(args, cohort, plan, model, device) if utils.is_first() else None
     runs = from_first(lambda: {m: run.start(args.overwrite) for m, run in runs.items()})

@@ -26,16 +26,18 @@ import dataset
 import utils
 from comparing import linear_svm
 from loading import image
+from loading.cache import Volumes
 from reporting import maps, metrics, pictures
 from run_folder import files, folds
 from run_folder.processes import run_script
 from run_folder.run import RunFolder, new_record
-from utils import InputError
+from utils import InputError, some_of
 
 C = 1.0
 MAPS = ("weights", "pattern")
 RESULTS = (
     "predictions.csv", "intercepts.csv", "metrics.csv", "roc.png", "splits.csv", maps.MEAN_SCAN,
+    maps.COVERAGE,
     *(f"SVM_{name}_f*.nii.gz" for name in MAPS),
     *(f"SVM_{name}_all.{suffix}" for name in MAPS for suffix in ("nii.gz", "json", "png", "html")),
 )  # fmt: skip
@@ -48,6 +50,20 @@ def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFr
     if not args.modelpath.is_dir():
         raise InputError(f"there is no folder --modelpath {args.modelpath}")
     return folds.read(args.modelpath / "splits.csv", cohort.table)
+
+
+def check_scans(modelpath: Path | None, cohort: dataset.Cohort, volumes: Volumes) -> None:
+    """Raise an InputError if a scan is not the one that the networks were trained on."""
+    path = modelpath / "scans.csv" if modelpath else None
+    if path is None or not path.is_file():
+        return
+    trained = files.read_csv(path, {"path": str, "crc32": int}).set_index("path")["crc32"]
+    now = volumes.table()["crc32"].set_axis(cohort.table["path"])
+    differing = now.index[(trained.reindex(now.index) != now).to_numpy()]
+    if len(differing):
+        raise InputError(
+            f"{len(differing)} scans have other voxels than those in {path}: {some_of(differing)}"
+        )
 
 
 def fit_folds(
@@ -89,6 +105,7 @@ def write_maps(
             "parameters": {"C": args.C},
             "n_folds": len(of_folds),
             "background": maps.MEAN_SCAN,
+            "orientation": image.orientation_of(cohort.like_img),
             "versions": utils.versions(),
         }
         files.write_json(stem.with_suffix(".json"), sidecar)
@@ -116,7 +133,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, "--path", "--outpath", "--seed", "--workers", "--cache-dir", "--overwrite"
+        __doc__,
+        "--path",
+        "--outpath",
+        "--no-subjects",
+        "--seed",
+        "--workers",
+        "--cache-dir",
+        "--overwrite",
     )
     option = parser.add_argument
     # fmt: off
@@ -136,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     if utils.world_size() > 1:
         raise InputError("svm.py runs as one process: start it without torchrun")
-    cohort = dataset.read_cohort(args.path)
+    cohort = dataset.read_cohort(args.path, args.no_subjects)
     splits = choose_splits(args, cohort)
     facts = {"model": "linear SVM", "n_folds": folds.count(splits), **cohort.facts(args.path)}
     record = new_record("svm.py", vars(args), **facts)
@@ -150,15 +174,17 @@ def main(args: argparse.Namespace) -> None:
 
     with utils.log_above_bars():
         volumes.fill()
-        gram, mean = linear_svm.gram_matrix(volumes)
+        check_scans(args.modelpath, cohort, volumes)
+        gram, mean, coverage = linear_svm.gram_matrix(volumes)
         fits, predictions = fit_folds(args, cohort, splits, gram)
         coefficients = [c for f in fits for c in (f.weight_coefficients, f.pattern_coefficients)]
         fold_maps = linear_svm.combine_scans(volumes, np.array(coefficients))
         fold_maps = fold_maps.reshape(len(fits), len(MAPS), *cohort.volume_shape)
     volumes.remove(is_own=args.cache_dir is None)
 
-    mean_data = mean.reshape(cohort.volume_shape)
-    image.write_image(args.outpath / maps.MEAN_SCAN, mean_data, cohort.like_img)
+    for name, values in ((maps.MEAN_SCAN, mean), (maps.COVERAGE, coverage)):
+        data = values.reshape(cohort.volume_shape)
+        image.write_image(args.outpath / name, data, cohort.like_img)
     written = write_maps(args, cohort, fold_maps)
     table = write_tables(args, cohort, fits, predictions)
     with run.finish():

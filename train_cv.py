@@ -30,7 +30,7 @@ from loading.cache import Volumes
 from reporting import metrics, pictures
 from run_folder import checkpoints, files, folds
 from run_folder.processes import from_first, run_script, wait_for_all
-from run_folder.run import RunFolder, new_record
+from run_folder.run import RunFolder, locked, new_record
 from utils import InputError, RunError, log
 
 # Wang et al., NeuroImage 269:119929, 2023
@@ -51,7 +51,7 @@ COMPARED = (
 RESULTS = (
     "predictions_f*.csv", "predictions.csv", "checkpoint_f*.pt", "state_dict_f*.pth",
     "history_f*.csv", "train_loss_f*.npy", "valid_loss_f*.npy", "metrics.csv", "loss_curves.png",
-    "roc.png", "splits.csv",
+    "roc.png", "splits.csv", "scans.csv",
 )  # fmt: skip
 
 
@@ -126,6 +126,15 @@ def train_fold(
     paths, labels = cohort.table["path"].iloc[test], cohort.labels[test]
     predictions = metrics.predictions_of(fold, paths, labels, logits)
     checkpoints.write_fold(args.outpath, fold, state, predictions)
+    write_scans(args.outpath, cohort, volumes)
+
+
+def write_scans(outpath: Path, cohort: dataset.Cohort, volumes: Volumes) -> None:
+    """Write what is trained on, once all scans have been decoded: after the first fold at last."""
+    path = outpath / "scans.csv"
+    if len(volumes.facts) == len(volumes) and not path.is_file():
+        with locked(outpath, "scans", wait=True):
+            files.write_csv(path, cohort.table[["path"]].join(volumes.table()))
 
 
 def dry_run(
@@ -180,8 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, "--path", "--outpath", "--seed", "--device", "--workers", "--cache-dir",
-        "--only-fold", "--dry-run", "--overwrite",
+        __doc__, "--path", "--outpath", "--no-subjects", "--seed", "--device", "--workers",
+        "--cache-dir", "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
     # fmt: off
@@ -216,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
         )
     utils.set_precision(args.precision)
     device = utils.find_device(args.device)
-    cohort = dataset.read_cohort(args.path)
+    cohort = dataset.read_cohort(args.path, args.no_subjects)
     models.build_model(args.model, cohort.volume_shape)
     splits = from_first(lambda: folds.draw(cohort.table, args.fold, args.val_fraction, args.seed))
     facts = {"model": args.model, "n_folds": args.fold, "seed": args.seed,
@@ -243,6 +252,7 @@ def main(args: argparse.Namespace) -> None:
         mine = todo[utils.rank() :: utils.world_size()]
         if mine:
             volumes.fill()
+            write_scans(args.outpath, cohort, volumes)
         for fold in utils.progress(mine, "folds"):
             with run.hold(fold) as is_unfinished:
                 if is_unfinished:

@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import resource
+import zlib
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -91,6 +92,8 @@ OPTIONS = {  # that mean the same in every script that has them
                    help="one scan a row: NIfTI file, label 0 or 1, optional subject"),
     "--outpath": dict(type=Path, required=True, metavar="DIR",
                       help="output folder, created if missing"),
+    "--no-subjects": dict(action="store_true",
+                          help="without a column of subjects: take no subject from sub-… in paths"),
     "--seed": dict(type=number(int, at_least=0), default=0, help="seed of all random draws"),
     "--device": dict(help="a GPU index (0), a torch device (cuda:1) or cpu; left out: the first "
                           "GPU, else the CPU"),
@@ -163,14 +166,19 @@ def peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def derived_seed(*keys: int) -> int:
-    """Return a 63-bit seed that depends on the given non-negative integers and their order only."""
+def derived_seed(*keys: int, purpose: str = "") -> int:
+    """Return a 63-bit seed that depends on the given non-negative integers and their order only.
+
+    Trailing zeros among them count for nothing. Folds, training and simulated cohorts have no
+    purpose; whatever else is drawn has one, whose CRC-32 is the last key.
+    """
+    keys = (*keys, zlib.crc32(purpose.encode())) if purpose else keys
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def seed_everything(*keys: int) -> None:
-    """Seed torch (CPU and GPU), numpy and Python from the given integers."""
-    seed = derived_seed(*keys)
+def seed_everything(*keys: int, purpose: str = "") -> None:
+    """Seed torch (CPU and GPU), numpy and Python as `derived_seed` says."""
+    seed = derived_seed(*keys, purpose=purpose)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries may draw from the global generator)
     torch.manual_seed(seed)

@@ -15,7 +15,6 @@ from attribution.convolution import channels_last, transposed_sums
 from attribution.unmodified import BLOCK, attribute_on
 
 N_STEPS = 100
-FEWEST_STEPS = 2  # that captum takes
 SMALL_VOXELS = 128**3  # library kernels for a CPU are slow on one such volume, not on two
 CHANNELS_AT_ONCE = 8  # before the pooling, where all of them are most of the memory
 SPAN = 8  # voxels a side that suffice for layers to compute as they do on whole volumes
@@ -28,9 +27,9 @@ def integrated_gradients(
     n_steps: int = N_STEPS,
     batch_size: int = 1,
 ) -> Tensor:
-    """Integrated gradients from baseline 0, left Riemann sum.
+    """Integrated gradients from baseline 0, midpoint rule.
 
-    a = x ⊙ (1/n) Σ_{k=0}^{n−1} g(k/n·x), g the gradient of the target's logit.
+    a = x ⊙ (1/n) Σ_{k=0}^{n−1} g((k+½)/n·x), g the gradient of the target's logit.
 
     Parameters
     ----------
@@ -77,20 +76,11 @@ def _integrate(
 ) -> Tensor:
     """Integrate gradients on what follows the first pooling, and carry them back once."""
     pooled, winners = block.pooled(volume)
-    at_zero = block.gradient_at_zero(pooled, target) / n_steps
-    # the other steps, 1/n to (n−1)/n, are a left Riemann sum on the path from 1/n on
-    start = pooled / n_steps
-    end = pooled if n_steps > FEWEST_STEPS else start  # one step: a path of no length
     gradient = IntegratedGradients(block.rest, multiply_by_inputs=False).attribute(
-        end,
-        start,
-        target=target,
-        n_steps=max(FEWEST_STEPS, n_steps - 1),
-        method="riemann_left",
+        pooled, target=target, n_steps=n_steps, method="riemann_middle",
         internal_batch_size=batch_size,
-    )
-    gradient *= (n_steps - 1) / n_steps
-    return volume * block.input_gradient(volume, gradient, winners, at_zero)
+    )  # fmt: skip
+    return volume * block.input_gradient(volume, gradient, winners)
 
 
 class _ShiftedReLU(nn.Module):
@@ -133,44 +123,17 @@ class _FirstBlock:
         pooled, winners = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return channels_last(pooled), winners
 
-    def gradient_at_zero(self, pooled: Tensor, target: int) -> Tensor:
-        """Return the gradient of a target's logit after the pooling, for a volume of zeros.
-
-        There all voxels of a pooling window tie. In this block the first one wins; in later ones
-        rounding decides, so they run in the model's own memory format, not in a faster one.
-        """
-        nothing = pooled.new_zeros(pooled.shape).requires_grad_()  # contiguous
-        (gradient,) = torch.autograd.grad(self.rest(nothing)[:, target].sum(), nothing)
-        return gradient
-
     @torch.no_grad()
-    def input_gradient(
-        self, volume: Tensor, gradient: Tensor, winners: Tensor, at_zero: Tensor
-    ) -> Tensor:
-        """Carry gradients after the pooling, (N, C, d, h, w), back to the volume.
-
-        `gradient` belongs to each window's winner, `at_zero` to each window's first voxel.
-        """
-        total = torch.zeros_like(volume)
-        parts = (part.split(CHANNELS_AT_ONCE, 1) for part in (gradient, winners, at_zero))
-        weights = self.weight.split(CHANNELS_AT_ONCE)
-        for weight, *group in zip(weights, *parts, strict=True):
-            unpooled = self._unpool(volume, *group)
-            total += transposed_sums(self.convolution, volume, weight, unpooled)
-        return total
-
-    def _unpool(self, volume: Tensor, gradient: Tensor, winners: Tensor, at_zero: Tensor) -> Tensor:
-        """Return gradients before the pooling, channels-last as transposed sums want them."""
+    def input_gradient(self, volume: Tensor, gradient: Tensor, winners: Tensor) -> Tensor:
+        """Carry gradients after the pooling, (N, C, d, h, w), back to the volume."""
         kernel = self.weight.shape[2:]
         sides = [n - k + 1 for n, k in zip(volume.shape[2:], kernel, strict=True)]
-        unpooled = gradient.new_zeros(len(volume), *sides, gradient.shape[1])
-        unpooled.flatten(1, 3).scatter_(1, _innermost(winners), _innermost(gradient))
-        firsts = tuple(slice(0, n * self.pooling, self.pooling) for n in gradient.shape[2:])
-        unpooled = unpooled.permute(0, 4, 1, 2, 3)
-        unpooled[(..., *firsts)] += at_zero
-        return unpooled
-
-
-def _innermost(values: Tensor) -> Tensor:
-    """Return values (N, C, d, h, w) as (N, d·h·w, C)."""
-    return values.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        parts = (part.split(CHANNELS_AT_ONCE, 1) for part in (gradient, winners))
+        total = torch.zeros_like(volume)
+        for weight, *group in zip(self.weight.split(CHANNELS_AT_ONCE), *parts, strict=True):
+            values, places = (part.permute(0, 2, 3, 4, 1).flatten(1, 3) for part in group)
+            unpooled = values.new_zeros(len(volume), *sides, len(weight))  # channels-last
+            unpooled.flatten(1, 3).scatter_(1, places, values)
+            unpooled = unpooled.permute(0, 4, 1, 2, 3)
+            total += transposed_sums(self.convolution, volume, weight, unpooled)
+        return total

@@ -106,7 +106,7 @@ def integrated_gradients(
     model: nn.Module, volume: Tensor, target, n_steps: int, batch_size: int = 1
 ) -> Tensor:
     """captum's integrated gradients, every step through the whole network."""
-    options = {"n_steps": n_steps, "method": "riemann_left", "internal_batch_size": batch_size}
+    options = {"n_steps": n_steps, "method": "riemann_middle", "internal_batch_size": batch_size}
     return IntegratedGradients(model).attribute(volume, 0, target=target, **options).detach()
 
 

@@ -41,18 +41,20 @@ def row_tiles(n_scans: int) -> list[slice]:
     return [slice(i, min(i + TILE_ROWS, n_scans)) for i in range(0, n_scans, TILE_ROWS)]
 
 
-def gram_matrix(volumes: Volumes, block_bytes: int = BLOCK_BYTES) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scans' Gram matrix, float64, centred on their mean, and that mean, float32."""
+def gram_matrix(
+    volumes: Volumes, block_bytes: int = BLOCK_BYTES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the scans' Gram matrix, centred on their mean, that mean, and where they are not 0."""
     n_scans = len(volumes)
     log.info(
         "the Gram matrix of %d scans takes %.3g GB of memory, less than twice that while a fold is "
         "fitted", n_scans, 8 * n_scans**2 / 1e9,
     )  # fmt: skip
     gram = np.zeros((n_scans, n_scans))
-    mean = np.zeros(volumes.n_voxels, dtype=np.float32)
+    mean, coverage = np.zeros((2, volumes.n_voxels), dtype=np.float32)
     for start, stop in progress(voxel_ranges(volumes, block_bytes), "Gram matrix"):
         block = volumes.read(start, stop).astype(np.float64)
-        mean[start:stop] = block.mean(0)
+        mean[start:stop], coverage[start:stop] = block.mean(0), (block != 0).mean(0)
         block -= block.mean(0)
         for rows in row_tiles(n_scans):  # up to the diagonal; the whole has more than 2³¹ entries
             gram[rows, : rows.stop] += block[rows] @ block[: rows.stop].T
@@ -60,7 +62,7 @@ def gram_matrix(volumes: Volumes, block_bytes: int = BLOCK_BYTES) -> tuple[np.nd
         corner = gram[rows, rows]
         corner[:] = np.tril(corner) + np.tril(corner, -1).T
         gram[rows, rows.stop :] = gram[rows.stop :, rows].T
-    return gram, mean
+    return gram, mean, coverage
 
 
 def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: float) -> FoldFit:

@@ -7,6 +7,8 @@ Throughout, `values` are a map's values in the voxels of the analysis mask M, in
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from utils import derived_seed
+
 TOP_FRACTIONS = np.geomspace(0.005, 0.5, 40)  # of M: the thresholds that dice_max chooses among
 N_SHIFTS = 1000
 SIGNS = {
@@ -85,7 +87,7 @@ def shift_null(
     Arrays have shape (D, H, W). Returned are (1 + shifts that reach the map's own dice_matched) /
     (1 + n_shifts) and the mean over the shifts.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(derived_seed(seed, purpose="shifts"))
     box = bounding_box(mask_data)
     boxed_data, boxed_mask = map_data[box], mask_data[box]
     inside = reference_data[box][boxed_mask]

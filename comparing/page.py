@@ -38,6 +38,7 @@ OVERLAP_HEADS = {
     "mass": "mass",
     "null_mean": "Dice, shifted map",
     "null_p": "p of shifts",
+    "outside": "outside the mask",
 }
 
 
@@ -146,7 +147,7 @@ def overlap_html(table: pd.DataFrame) -> str:
         rows.append(row)
     p = number_text(table["p"].iloc[0])
     best_chance = f"≤ {number_text(table['dice_max_chance'].max())}"
-    rows.append(["chance", p, best_chance, "–", "0.500", p, p, p, "–"])
+    rows.append(["chance", p, best_chance, "–", "0.500", p, p, p, "–", "–"])
     return table_html(["map", *OVERLAP_HEADS.values()], rows, "with-chance")
 
 

@@ -1,5 +1,6 @@
 """Where maps are compared: their grid, and the mask, the reference and the atlas on it."""
 
+import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,15 @@ import pandas as pd
 from nibabel.spatialimages import SpatialImage
 from nilearn import datasets, image
 
-from loading.image import read_image
-from reporting.maps import MEAN_SCAN
-from utils import InputError, log, printable
+from loading.image import read_image, same_space
+from reporting.maps import COVERAGE, MEAN_SCAN
+from utils import InputError, log, printable, some_of
 
-AFFINE_TOLERANCE_MM = 1e-3
+MAX_MASK_SHARE = 0.6  # of the volume; brains fill less
+MAX_MASK_RATIO = 1.2  # to the default mask
+MAX_CHANGE = 0.2  # of the reference's volume, by bringing it to the maps' grid
+MAX_POINTS = 10  # per axis that a voxel is averaged over
+NUMBER_HEADS = ("index", "label", "id", "number")
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,9 @@ class Space:
         return self.reference_data[self.mask_data]
 
 
-def same_grid(img: SpatialImage, other: SpatialImage) -> bool:
-    """Tell whether two images have the same shape and affine."""
-    near = np.allclose(img.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
-    return img.shape == other.shape and near
-
-
 def require_same_grid(img: SpatialImage, path: Path, like_img: SpatialImage, like: str) -> None:
     """Raise an InputError that shows both grids if they differ; maps are never resampled."""
-    if not same_grid(img, like_img):
+    if not same_space(img, like_img):
         grids = "\nand\n".join(f"{each.shape}\n{each.affine}" for each in (img, like_img))
         raise InputError(f"{path} and {like} are not on one grid; resample one of them:\n{grids}")
 
@@ -93,19 +92,25 @@ def load_space(
 ) -> Space:
     """Return mask and reference on the grid of the maps.
 
-    The reference, above `threshold`, is resampled to it if it is on another. The mask left out is
-    where the mean scan beside the maps, or any map, is not 0. Raises InputError if an image cannot
-    be read, the mask is on another grid, or the reference fills none or all of the mask.
+    The reference, above `threshold`, is brought to it if it is on another. Raises InputError if an
+    image cannot be read, the mask is on another grid, or the reference fills none or all of it.
     """
     like_img = next(iter(maps.values())).img
-    background_img = _mean_scan_beside(maps, like_img)
+    mask_data, mask_source = _default_mask(maps, like_img)
     if mask_path is not None:
-        imgs, mask_source = [read_image(mask_path, "mask")], str(mask_path)
-        require_same_grid(imgs[0], mask_path, like_img, "the maps")
-    else:
-        imgs = [m.img for m in maps.values()] + [background_img] * (background_img is not None)
-        mask_source = "voxels where the mean scan beside the maps, or any map, is non-zero"
-    mask_data = np.any([img.get_fdata() != 0 for img in imgs], axis=0)
+        mask_img, n_default = read_image(mask_path, "mask"), int(mask_data.sum())
+        require_same_grid(mask_img, mask_path, like_img, "the maps")
+        mask_data, mask_source = mask_img.get_fdata() != 0, str(mask_path)
+        if mask_data.sum() > MAX_MASK_RATIO * n_default:
+            log.warning(
+                "mask %s has %d voxels, the default one %d: outside the head chance looks lower "
+                "than it is", mask_path, mask_data.sum(), n_default,
+            )  # fmt: skip
+    if mask_data.mean() > MAX_MASK_SHARE:
+        log.warning(
+            "the mask (%s) fills %.0f %% of the volume: outside the head chance looks lower than "
+            "it is; give a brain mask with --mask", mask_source, 100 * mask_data.mean(),
+        )  # fmt: skip
     reference_data = _load_reference(reference_path, threshold, like_img) & mask_data
     n_mask, n_reference = int(mask_data.sum()), int(reference_data.sum())
     if n_reference == 0:
@@ -115,60 +120,125 @@ def load_space(
         )
     if n_reference == n_mask:
         raise InputError(f"reference {reference_path} fills the whole analysis mask: no contrast")
-    background_source = "the mean scan"
+    background_img, background_source = _beside(maps, MEAN_SCAN, like_img), "the mean scan"
     if background_img is None:
         template_img, background_source = datasets.load_mni152_template(2), "the ICBM152 template"
-        background_img = resample(template_img, like_img, "continuous")
+        background_img = image.resample_img(
+            template_img, like_img.affine, like_img.shape, force_resample=True, copy_header=True
+        )
     return Space(
         like_img, mask_data, mask_source, reference_data, background_img, background_source
     )
 
 
-def _mean_scan_beside(maps: dict[str, Map], like_img: SpatialImage) -> SpatialImage | None:
-    """Return the mean scan beside the maps, None if there is none on their grid."""
-    for path in [m.path.with_name(MEAN_SCAN) for m in maps.values()]:
-        if path.is_file() and same_grid(img := read_image(path, "mean scan"), like_img):
+def _default_mask(maps: dict[str, Map], like_img: SpatialImage) -> tuple[np.ndarray, str]:
+    """Return where most explained scans are not 0, as far as it is known, and how it is known."""
+    coverage_img = _beside(maps, COVERAGE, like_img)
+    if coverage_img is not None:
+        return coverage_img.get_fdata() >= 0.5, "voxels where at least half of the scans are not 0"
+    mean_scan_img = _beside(maps, MEAN_SCAN, like_img)
+    if mean_scan_img is not None:
+        data = mean_scan_img.get_fdata()
+        return data > 0.1 * np.percentile(data, 98), "voxels where the mean scan is bright"
+    data = np.any([each.img.get_fdata() != 0 for each in maps.values()], axis=0)
+    return data, "voxels where any map is not 0"
+
+
+def _beside(maps: dict[str, Map], name: str, like_img: SpatialImage) -> SpatialImage | None:
+    """Return an image of this name beside the maps, None if there is none on their grid."""
+    for path in [each.path.with_name(name) for each in maps.values()]:
+        if path.is_file() and same_space(img := read_image(path, "mean over scans"), like_img):
             return img
     return None
 
 
 def _load_reference(path: Path, threshold: float, like_img: SpatialImage) -> np.ndarray:
-    """Return the reference as a mask on the maps' grid."""
+    """Return the reference as a mask on the maps' grid: thresholded on its own, then averaged."""
     reference_img = read_image(path, "reference")
-    data = reference_img.get_fdata()
-    is_binary = len(np.unique(data)) <= 2
-    if is_binary and threshold >= data.max():
-        log.warning("--reference-threshold %g is not below the reference's maximum", threshold)
-    resampled_img = resample(reference_img, like_img, "nearest" if is_binary else "linear")
-    return resampled_img.get_fdata() > threshold
+    inside_data = reference_img.get_fdata() > threshold
+    if same_space(reference_img, like_img):
+        return inside_data
+    share_data = average_over_voxels(inside_data, reference_img.affine, like_img)
+    result_data = share_data > 0.5
+    before, after = (
+        data.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
+        for data, affine in ((inside_data, reference_img.affine), (result_data, like_img.affine))
+    )
+    log.info("reference: %.1f ml on its own grid, %.1f ml on the maps'", before, after)
+    if abs(after - before) > MAX_CHANGE * before:
+        log.warning(
+            "the reference takes %.1f ml on its own grid and %.1f ml on the maps': its clusters "
+            "are too small for their voxels, or lie outside their volume", before, after,
+        )  # fmt: skip
+    return result_data
 
 
-def resample(img: SpatialImage, like_img: SpatialImage, interpolation: str) -> SpatialImage:
-    """Return an image on the maps' grid."""
-    if same_grid(img, like_img):
-        return img
-    log.info("resampled to the maps' grid (%s): %s → %s", interpolation, img.shape, like_img.shape)
-    return image.resample_img(
-        img, like_img.affine, like_img.shape, interpolation=interpolation,
-        force_resample=True, copy_header=True,
-    )  # fmt: skip
+def average_over_voxels(data: np.ndarray, affine: np.ndarray, like_img: SpatialImage) -> np.ndarray:
+    """Return the mean of an image, 0 outside it, over each voxel of another grid.
+
+    Every voxel of the other grid is looked up at points in it, about two to a voxel of the image
+    along each axis.
+    """
+    to_image = np.linalg.inv(affine) @ like_img.affine
+    n_points = np.ceil(2 * np.abs(to_image[:3, :3]).max(0)).astype(int).clip(1, MAX_POINTS)
+    total_data = np.zeros(like_img.shape, dtype=np.float32)
+    for point in np.ndindex(*n_points):
+        offset = (np.array(point) + 0.5) / n_points - 0.5
+        total_data += look_up(data, to_image, offset, like_img.shape)
+    return total_data / n_points.prod()
+
+
+def look_up(data: np.ndarray, to_image: np.ndarray, offset: np.ndarray, shape: tuple) -> np.ndarray:
+    """Return the image's value at a point of each voxel of a grid, `offset` from its centre."""
+    places = [0.0, 0.0, 0.0]
+    for axis, (column, side) in enumerate(zip(to_image[:3, :3].T, shape, strict=True)):
+        steps = (np.arange(side, dtype=np.float32) + offset[axis]).reshape(-1, *[1] * (2 - axis))
+        places = [place + step * steps for place, step in zip(places, column, strict=True)]
+    voxels = [np.rint(p + t).astype(int) for p, t in zip(places, to_image[:3, 3], strict=True)]
+    inside = np.logical_and.reduce(
+        [(v >= 0) & (v < n) for v, n in zip(voxels, data.shape, strict=True)]
+    )
+    voxels = [v.clip(0, n - 1) for v, n in zip(voxels, data.shape, strict=True)]
+    return np.where(inside, data[tuple(voxels)], 0)
 
 
 def load_atlas(
     atlas_path: Path, labels_path: Path, space: Space
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the atlas's region of each mask voxel and the regions' names."""
-    atlas_img = resample(read_image(atlas_path, "atlas"), space.like_img, "nearest")
-    region_of_voxel = np.round(atlas_img.get_fdata()[space.mask_data]).astype(int)
-    try:
-        labels = pd.read_csv(labels_path)
-        names = dict(zip(labels.iloc[:, 0].astype(int), labels.iloc[:, 1].astype(str), strict=True))
-    except (OSError, ValueError, IndexError, OverflowError) as error:
-        raise InputError(
-            f"--atlas-labels {labels_path} must be a CSV with a header and the columns number and "
-            f"name: {error}"
-        ) from None
+    """Return the atlas's region of each mask voxel and the regions' names.
+
+    The table has a header, and columns for the number (index, label or id) and the name.
+    """
+    atlas_img = read_image(atlas_path, "atlas", np.float64)  # float32 would merge large numbers
+    atlas_data = np.rint(atlas_img.get_fdata()).astype(np.int64)
+    to_atlas = np.linalg.inv(atlas_img.affine) @ space.like_img.affine
+    region_data = look_up(atlas_data, to_atlas, np.zeros(3), space.like_img.shape)
+    region_of_voxel = region_data[space.mask_data]
+    names = read_names(labels_path)
     unnamed = sorted(set(np.unique(region_of_voxel).tolist()) - {0} - set(names))
     if unnamed:
-        log.warning("regions without a name in %s: %s", labels_path, unnamed)
+        log.warning("regions without a name in %s: %s", labels_path, some_of(unnamed, 10))
     return region_of_voxel, names
+
+
+def read_names(path: Path) -> dict[int, str]:
+    """Return the names of an atlas's regions by number; an InputError if the table is ambiguous."""
+    rule = (
+        f"--atlas-labels {path} must have a header with one of index, label, id or number, and name"
+    )
+    try:
+        options = {"sep": None, "engine": "python", "dtype": str, "encoding": "utf-8-sig"}
+        table = pd.read_csv(path, header=None, **options)
+        table.columns = [str(head).strip().lower() for head in table.iloc[0]]
+        table = table[1:]
+        number_heads = [head for head in table.columns if head in NUMBER_HEADS]
+        if len(number_heads) != 1 or list(table.columns).count("name") != 1:
+            raise InputError(f"{rule}; it has {', '.join(table.columns)}")
+        numbers = [int(text) for text in table[number_heads[0]]]
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{rule}: {error}") from None
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--atlas-labels {path} names a region twice")
+    return dict(zip(numbers, table["name"].astype(str), strict=True))

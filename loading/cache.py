@@ -7,6 +7,7 @@ processes and hosts may fill one folder together, whenever any of them is killed
 
 import hashlib
 import io
+import json
 import math
 import os
 import platform
@@ -22,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from utils import RunError, log, progress, some_of
 SCALING_VERSION = 1  # to be raised when `image.load_volume` gives other voxels
 HEADER_BYTES = 128  # of a .npy file of float32 volumes
 N_AHEAD = 2  # batches
+DARK = 0.2  # 99.9th percentile of a scaled volume, below which a few voxels take the range
 MAX_WRITING_SECONDS = 3600.0  # a temporary file untouched for so long has lost its writer
 OTHER_HALF = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}
 
@@ -54,7 +57,8 @@ class Volumes:
         self.scans, self.labels, self.shape, self.folder = scans, labels, shape, folder
         self.n_workers = max(1, n_workers)
         self.n_voxels = math.prod(shape)
-        self.n_nonfinite: dict[int, int] = {}  # by row, of scans not yet warned of
+        self.facts: dict[int, dict] = {}  # by row, of the scans decoded so far
+        self.warned: set[int] = set()  # rows that `_warn` has seen
         if folder is not None:
             self.paths = [folder / f"{_key(scan)}.npy" for scan in scans]
 
@@ -86,15 +90,19 @@ class Volumes:
 
     def fill(self) -> None:
         """Decode what is missing; a RunError if one fails: what was decoded until then is kept."""
-        if self.folder is None or not (rows := self.missing()):
+        if self.folder is None:
             return
+        rows = self.missing()
         files.make_outpath(self.folder, "--cache-dir")
         for path in self.folder.glob(f"{files.TEMPORARY_PREFIX}*"):
             with suppress(FileNotFoundError):  # somebody else is done with it
                 if time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS:
                     path.unlink()
-        gb = self.gb * len(rows) / len(self)
-        log.info("decoding %d of %d scans into %s (%.2f GB)", len(rows), len(self), self.folder, gb)
+        if rows:
+            gb, n_scans = self.gb * len(rows) / len(self), len(self)
+            log.info(
+                "decoding %d of %d scans into %s (%.2f GB)", len(rows), n_scans, self.folder, gb
+            )
         random.Random().shuffle(rows)  # those who fill the folder together start apart
         pool = ThreadPoolExecutor(self.n_workers)
         try:
@@ -102,7 +110,8 @@ class Volumes:
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
-        self._warn_of_nonfinite()
+        self.facts = {row: self._facts_of(row) for row in range(len(self))}
+        self._warn()
 
     def _decode(self, row: int) -> None:
         """Write a scan's file, unless somebody else has meanwhile."""
@@ -112,6 +121,8 @@ class Volumes:
         mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}-{self.paths[row].name}"
         buffer = io.BytesIO()  # np.save to a file does not say that the disk is full
         np.save(buffer, volume_data)
+        with files.whole_file(self.paths[row].with_suffix(".json"), mine) as temporary_path:
+            temporary_path.write_text(json.dumps(self.facts[row]))
         with files.whole_file(self.paths[row], mine, volume_data.nbytes) as temporary_path:
             temporary_path.write_bytes(buffer.getbuffer())
 
@@ -120,20 +131,40 @@ class Volumes:
         volume_data, n_nonfinite = image.load_volume(self.scans[row])
         if volume_data.shape != tuple(self.shape):
             raise RunError(f"{self.scans[row]} now has shape {volume_data.shape}, not {self.shape}")
-        if n_nonfinite:
-            self.n_nonfinite.setdefault(row, n_nonfinite)
+        if row not in self.facts:
+            self.facts[row] = image.describe_volume(volume_data, n_nonfinite)
         return volume_data
 
-    def _warn_of_nonfinite(self) -> None:
-        """Say how many voxels of the scans decoded so far were not finite, of each scan once."""
-        counts = {row: n for row, n in self.n_nonfinite.items() if n}
-        if counts:
-            names = some_of(self.scans[row] for row in counts)
+    def _facts_of(self, row: int) -> dict:
+        """Return what `image.describe_volume` says of a decoded scan, from the file beside it."""
+        try:
+            return json.loads(self.paths[row].with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return image.describe_volume(self[row], 0)
+
+    def _warn(self) -> None:
+        """Say what is odd about the scans decoded so far, of each scan once."""
+        rows = sorted(set(self.facts) - self.warned)
+        self.warned.update(rows)
+        n_bad = {row: n for row in rows if (n := self.facts[row]["n_nonfinite"])}
+        if n_bad:
+            names = some_of(self.scans[row] for row in n_bad)
+            n_voxels, n_scans = sum(n_bad.values()), len(n_bad)
             log.warning(
-                "%d non-finite voxels in %d scans were set to 0: %s",
-                sum(counts.values()), len(counts), names,
-            )  # fmt: skip
-        self.n_nonfinite.update(dict.fromkeys(counts, 0))
+                "%d non-finite voxels in %d scans were set to 0: %s", n_voxels, n_scans, names
+            )
+        copies = pd.Series({row: self.facts[row]["crc32"] for row in rows}, dtype=object)
+        kinds = {
+            "have an outlier: a few bright voxels take most of the range, and leave the others "
+            "little contrast": [row for row in rows if self.facts[row]["top"] < DARK],
+            "have a background that is not 0 after scaling, as LRP needs it: there are values "
+            "below it, or it is NaN": [row for row in rows if self.facts[row]["filling"]],
+            "are copies of each other, voxel by voxel": copies.index[copies.duplicated(keep=False)],
+        }
+        for what, odd in kinds.items():
+            if len(odd):
+                names = some_of(self.scans[row] for row in odd)
+                log.warning("%d of %d scans %s: %s", len(odd), len(self), what, names)
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Return a scan's volume, float32 of shape (D, H, W); writing to it changes no file."""
@@ -159,7 +190,7 @@ class Volumes:
                 yield tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
         finally:
             pool.shutdown(cancel_futures=True)
-        self._warn_of_nonfinite()
+        self._warn()
 
     def _batch(self, rows: np.ndarray, pinned: bool) -> list[Tensor]:
         """Return volumes and labels of some scans, on the CPU."""
@@ -175,6 +206,12 @@ class Volumes:
                 file.seek(HEADER_BYTES + 4 * start)
                 file.readinto(block[row])
         return block
+
+    def table(self) -> pd.DataFrame:
+        """Return size in bytes and CRC-32 of each scan, as scans.csv has them."""
+        sizes = [Path(scan).stat().st_size for scan in self.scans]
+        crc32 = [self.facts[row]["crc32"] for row in range(len(self))]
+        return pd.DataFrame({"bytes": sizes, "crc32": crc32})
 
     def remove(self, is_own: bool) -> None:
         """Remove the folder if it is the run's own; a folder that the user named stays."""

@@ -1,7 +1,9 @@
 """The one reader and the one writer of volumes: headers, damage, voxels, scaling to [0, 1]."""
 
+import functools
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +16,20 @@ from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
 from run_folder import files
-from utils import InputError, RunError
+from utils import InputError, RunError, log
 
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
 DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
 MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
 CHUNK_BYTES = 2**20
+SAMPLED_VOXELS = 200_000
+MAX_FILLED = 0.1  # of the voxels, by one value
+MAX_DISPLACEMENT_VOX = 0.01  # of a volume's corners, in what counts as one space
 COMPRESSION = 1  # of ISA-L, 0 to 3: an order of magnitude faster than zlib's lowest
+UNKNOWN_ORIENTATION = (
+    "states no orientation (sform and qform codes are 0, or its format has none): nibabel guesses, "
+    "left and right may be swapped, and other programs may place it elsewhere"
+)
 ORIENTATION_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
@@ -52,6 +61,11 @@ def open_image(path: str | Path) -> SpatialImage:
             raise InputError(f"{path} has voxels of type {dtype}, not one real number each")
         if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-12:
             raise InputError(f"{path} has an affine that cannot be inverted")
+        if isinstance(img, nib.Nifti1Image) and img.dataobj.offset < img.header.single_vox_offset:
+            raise InputError(
+                f"{path} is damaged: its voxels would begin inside its header (vox_offset "
+                f"{img.dataobj.offset})"
+            )
         if _is_truncated(img, path):
             raise InputError(
                 f"{path} is truncated or damaged: it holds fewer voxels than its header says"
@@ -66,6 +80,37 @@ def open_scan(path: str | Path) -> SpatialImage:
         if not _has_contrast(img):
             raise InputError(f"{path} has no contrast: all its voxels have the same value")
     return img
+
+
+def states_orientation(img: SpatialImage) -> bool:
+    """Tell whether an image says where its voxels lie, so that nibabel need not guess."""
+    header = img.header
+    if isinstance(header, nib.Nifti1Header):
+        return bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+    if isinstance(header, nib.freesurfer.mghformat.MGHHeader):
+        return bool(header["goodRASFlag"])
+    return not isinstance(header, nib.AnalyzeHeader)  # Analyze has no orientation
+
+
+def orientation_of(img: SpatialImage) -> str:
+    """Return what a sidecar says of an image's orientation."""
+    return "stated" if states_orientation(img) else f"the first scan {UNKNOWN_ORIENTATION}"
+
+
+@functools.cache
+def warn_of_orientation(what: str) -> None:
+    """Say once of each kind of images that where their voxels lie is a guess."""
+    log.warning("%s %s", what, UNKNOWN_ORIENTATION)
+
+
+def same_space(img: SpatialImage, other: SpatialImage) -> bool:
+    """Tell whether images have one shape and place its corners in one spot, but for rounding."""
+    shape = volume_shape(img)
+    if shape != volume_shape(other):
+        return False
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)
+    moved = nib.affines.apply_affine(np.linalg.inv(other.affine) @ img.affine, corners)
+    return float(np.linalg.norm(moved - corners, axis=1).max()) < MAX_DISPLACEMENT_VOX
 
 
 def volume_shape(img: SpatialImage) -> tuple[int, ...]:
@@ -125,8 +170,8 @@ def _finite(data: np.ndarray) -> tuple[np.ndarray, int]:
     return (np.where(bad, data.dtype.type(0), data) if n_bad else data), n_bad
 
 
-def read_data(path: str | Path) -> np.ndarray:
-    """Read an image's voxels, float32 of shape (D, H, W); an InputError if it is damaged.
+def read_data(path: str | Path, dtype: type = np.float32) -> np.ndarray:
+    """Read an image's voxels, of shape (D, H, W); an InputError if it is damaged.
 
     A single-file NIfTI is inflated by ISA-L, 1.4 to 1.7 times as fast as by zlib, and its checksum
     compared; every other format is left to nibabel.
@@ -144,15 +189,17 @@ def read_data(path: str | Path) -> np.ndarray:
             if len(content) < n_bytes:
                 raise EOFError("it ends too early")
             img = type(img).from_bytes(content)
-        return img.get_fdata(dtype=np.float32).reshape(volume_shape(img))
+        return img.get_fdata(dtype=dtype).reshape(volume_shape(img))
 
 
-def read_image(path: Path, what: str) -> nib.Nifti1Image:
-    """Read a 3D image whole, float32, non-finite voxels set to 0; `what` names it in errors."""
+def read_image(path: Path, what: str, dtype: type = np.float32) -> nib.Nifti1Image:
+    """Read a 3D image whole, non-finite voxels set to 0; `what` names it in errors."""
     if not path.is_file():
         raise InputError(f"there is no {what} {path}")
-    affine = open_image(path).affine
-    return nib.Nifti1Image(_finite(read_data(path))[0], affine)
+    img = open_image(path)
+    if not states_orientation(img):
+        warn_of_orientation(f"a {what}")
+    return nib.Nifti1Image(_finite(read_data(path, dtype))[0], img.affine)
 
 
 def load_volume(path: str | Path) -> tuple[np.ndarray, int]:
@@ -175,6 +222,25 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, int]:
     for column in range(raw_data.shape[1]):  # as much as the processor's cache can turn to C order
         volume_data[:, column] = (raw_data[:, column] - low) / (high - low)
     return volume_data, n_nonfinite
+
+
+def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
+    """Return what a scaled volume tells of its scan; `top` and `filling` are of a part of it.
+
+    `crc32` is that of all voxels; `top` their 99.9th percentile, far below 1 where one bright voxel
+    takes the whole range; `filling` the value of more than a tenth of them, other than 0, on which
+    a background should lie; None if there is none.
+    """
+    voxels = volume_data.reshape(-1)
+    part = voxels[:: max(1, len(voxels) // SAMPLED_VOXELS)]
+    values, counts = np.unique(part, return_counts=True)
+    filling = float(values[counts.argmax()]) if counts.max() > MAX_FILLED * len(part) else 0.0
+    return {
+        "n_nonfinite": n_nonfinite,
+        "crc32": zlib.crc32(np.ascontiguousarray(volume_data)),
+        "top": float(np.percentile(part, 99.9)),
+        "filling": filling or None,
+    }
 
 
 def write_image(

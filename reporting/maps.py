@@ -17,6 +17,8 @@ from utils import InputError
 
 OUTCOMES = ("TP", "TN", "FP", "FN")
 MEAN_SCAN = "mean_scan.nii.gz"
+COVERAGE = "coverage.nii.gz"  # the share of explained scans that are not 0 in a voxel
+NO_CHANGE = 0.01  # of the logit, below which IG's completeness error says nothing
 IG_TOLERANCE = 0.05  # median completeness error of IG above which more --steps are advised
 MAX_NAME_BYTES = 80  # of a scan's name in the name of its map
 TABLE_COLUMNS = {
@@ -58,8 +60,14 @@ class ExplainedScan:
     row: int
     path: str
     label: int
+    part: str
     target: int
     logits: Tensor
+
+    @property
+    def probability(self) -> float:
+        """Of label 1."""
+        return float(torch.softmax(self.logits.double(), 0)[1])
 
     @property
     def predicted(self) -> int:
@@ -105,8 +113,9 @@ class FoldMaps:
             "path": scan.path,
             "label": scan.label,
             "fold": self.fold,
+            "part": scan.part,
             "predicted": scan.predicted,
-            "probability": float(torch.softmax(scan.logits.double(), 0)[1]),
+            "probability": scan.probability,
             "outcome": scan.outcome,
             "logit": logit,
             "map_sum": total,
@@ -147,8 +156,13 @@ class FoldMaps:
 
 
 def completeness_error(method: str, total: float, logit: float, zero_logit: float) -> float:
-    """Return how far a map's sum is from what it explains, relative to that; NaN for GGC."""
+    """Return how far a map's sum is from what it explains, relative to that.
+
+    NaN for GGC, and for IG where the scan's logit is that of the zero volume.
+    """
     explained = {"LRP": logit, "IG": logit - zero_logit}.get(method, np.nan)
+    if method == "IG" and abs(explained) < NO_CHANGE:
+        return np.nan
     return abs(total - explained) / abs(explained) if explained else np.inf
 
 
@@ -171,27 +185,47 @@ def write_mean(path: Path, parts: Iterable[tuple[Path, int]], like_img: SpatialI
     image.write_image(path, mean.mean(), like_img)
 
 
+def power(data: np.ndarray, mask_data: np.ndarray) -> float:
+    """Return the sum of squares of a map inside a mask."""
+    return float(np.square(data[mask_data], dtype=np.float64).sum())
+
+
 def assemble(
-    outpath: Path, stem: str, n_folds: int, by_outcome: bool, like_img: SpatialImage
-) -> tuple[pd.DataFrame, list[Path]]:
+    outpath: Path, stem: str, n_folds: int, like_img: SpatialImage, by_outcome: bool, equal: bool
+) -> tuple[pd.DataFrame, dict[int, float], list[Path]]:
     """Write what a method found over all folds, from each fold's maps and table.
 
-    Returns all folds' lines, and the files: the mean scan, the table, the mean over the folds' maps
-    and, if asked for, the mean over all scans of each outcome.
+    With `equal` each fold's map is scaled to the mean of all folds' root mean squares before the
+    mean over folds; maps that are 0 are left out. Returns all folds' lines, each fold's share of
+    the power (sum of squares, where at least half of the scans are not 0), and the files.
     """
+    shape = image.volume_shape(like_img)
     paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
     tables = [files.read_csv(path, TABLE_COLUMNS) for path in paths]
     table = pd.concat(tables, ignore_index=True)
-    parts = [
-        (outpath / f"mean_scan_f{fold}.nii.gz", len(table)) for fold, table in enumerate(tables)
-    ]
-    written = [outpath / f"{stem}_predictions.csv", outpath / f"{stem}_map_all.nii.gz"]
-    files.write_csv(written[0], table)
-    fold_maps = ((outpath / f"{stem}_map_f{fold}.nii.gz", 1) for fold in range(n_folds))
-    write_mean(written[1], fold_maps, like_img)
-    write_mean(outpath / MEAN_SCAN, parts, like_img)
+    written = [outpath / MEAN_SCAN, outpath / COVERAGE, outpath / f"{stem}_predictions.csv"]
+    for path in written[:2]:
+        name = path.name.removesuffix(".nii.gz")
+        parts = [(outpath / f"{name}_f{fold}.nii.gz", len(t)) for fold, t in enumerate(tables)]
+        write_mean(path, parts, like_img)
+    files.write_csv(written[2], table)
+
+    mask_data = read_map(outpath / COVERAGE, shape) >= 0.5
+    fold_maps = {fold: outpath / f"{stem}_map_f{fold}.nii.gz" for fold in range(n_folds)}
+    powers = {fold: power(read_map(path, shape), mask_data) for fold, path in fold_maps.items()}
+    total = sum(powers.values())
+    shares = {fold: each / total if total else 0.0 for fold, each in powers.items()}
+    weights = dict.fromkeys(fold_maps, 1.0)
+    if equal and total:
+        roots = {fold: np.sqrt(each) for fold, each in powers.items() if each}
+        weights = {fold: np.mean(list(roots.values())) / root for fold, root in roots.items()}
+    mean = RunningMean()
+    for fold, weight in weights.items():
+        mean.add(read_map(fold_maps[fold], shape) * weight)
+    written.append(outpath / f"{stem}_map_all.nii.gz")
+    image.write_image(written[-1], mean.mean(), like_img)
     for outcome in OUTCOMES if by_outcome else ():
-        counts = [int((table["outcome"] == outcome).sum()) for table in tables]
+        counts = [int((t["outcome"] == outcome).sum()) for t in tables]
         parts = [
             (outpath / f"{stem}_map_{outcome}_f{fold}.nii.gz", n)
             for fold, n in enumerate(counts)
@@ -200,4 +234,4 @@ def assemble(
         if parts:
             written.append(outpath / f"{stem}_map_{outcome}.nii.gz")
             write_mean(written[-1], parts, like_img)
-    return table, [outpath / MEAN_SCAN, *written]
+    return table, shares, written

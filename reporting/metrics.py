@@ -49,7 +49,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.
 
 def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -> pd.DataFrame:
     """Return each pooled metric's interval; drawn with replacement is `unit`, a value a scan."""
-    rng = np.random.default_rng(derived_seed(seed))
+    rng = np.random.default_rng(derived_seed(seed, purpose="bootstrap"))
     rows_of_unit = list(predictions.groupby(unit.to_numpy()).indices.values())
     columns = [predictions[c].to_numpy() for c in ("label", "probability", "predicted")]
     draws = []

@@ -109,7 +109,9 @@ def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         )
     splits = files.read_csv(path, {"path": str, "label": int, "fold_0": str})
     parts = splits[[f"fold_{fold}" for fold in range(count(splits)) if f"fold_{fold}" in splits]]
-    if len(parts.columns) != count(splits) or not parts.isin(PARTS).all(axis=None):
+    is_test = parts == "test"
+    are_folds = parts.isin(PARTS).all(axis=None) and (is_test.sum(axis=1) == 1).all()
+    if len(parts.columns) != count(splits) or not are_folds or not is_test.any().all():
         raise InputError(f"{path} is not a table of folds of train_cv.py")
     for here, there, place in ((table, splits, path), (splits, table, "the CSV")):
         missing = here["path"][~here["path"].isin(there["path"])]

@@ -9,14 +9,34 @@ import pandas as pd
 from run_folder import checkpoints, files, folds
 from utils import InputError
 
+MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
+BATCH = 5  # of a folder without run.json
+
 
 @dataclass(frozen=True)
 class TrainedFold:
-    """One fold to explain: its number, its checkpoint, and the rows of the scans it explains."""
+    """One fold to explain: arrays have an entry for each of the scans it explains.
+
+    Attributes
+    ----------
+    number : int
+    checkpoint_path : Path
+    rows : int array
+        Of the scans in the cohort.
+    parts : str array
+        train, val or test, as the fold had them; "" for scans that splits.csv does not have.
+    probabilities : float array
+        Of label 1, as the fold's predictions have them; NaN where there are none.
+    train_rows : int array
+        Of at most `MAX_STATISTICS` scans that it was trained on; without splits.csv of any scans.
+    """
 
     number: int
     checkpoint_path: Path
     rows: np.ndarray
+    parts: np.ndarray
+    probabilities: np.ndarray
+    train_rows: np.ndarray
 
 
 def plan(
@@ -40,19 +60,50 @@ def plan(
     n_folds = _count_folds(modelpath, facts, n_folds)
     if n_folds > len(table):
         raise InputError(f"{n_folds} folds are more than there are scans")
-    rows_of_fold = [np.arange(len(table))] * n_folds
-    if only_held_out:
-        path = modelpath / "splits.csv"
-        splits = folds.read(path, table)
+    try:
+        splits = folds.read(modelpath / "splits.csv", table)
         if folds.count(splits) != n_folds:
-            raise InputError(f"{path} has {folds.count(splits)} folds, not {n_folds}")
-        rows_of_fold = [np.flatnonzero(splits[f"fold_{f}"] == "test") for f in range(n_folds)]
-        if not all(map(len, rows_of_fold)):
-            raise InputError(f"{path} has a fold that tests no scan")
-    return [
-        TrainedFold(number, checkpoints.weights_path(modelpath, number), rows)
-        for number, rows in enumerate(rows_of_fold)
-    ]
+            n_there = folds.count(splits)
+            raise InputError(f"{modelpath / 'splits.csv'} has {n_there} folds, not {n_folds}")
+    except InputError:
+        if only_held_out:
+            raise
+        splits = pd.DataFrame({f"fold_{fold}": [""] * len(table) for fold in range(n_folds)})
+    planned = []
+    for number in range(n_folds):
+        parts = splits[f"fold_{number}"].to_numpy().astype(str)
+        rows = np.flatnonzero(parts == "test") if only_held_out else np.arange(len(table))
+        if not len(rows):
+            raise InputError(f"{modelpath / 'splits.csv'}: fold {number} tests no scan")
+        train_rows = np.flatnonzero(parts == "train") if "train" in parts else np.arange(len(table))
+        predicted = _read_predictions(modelpath, number).reindex(table["path"]).to_numpy()
+        path = checkpoints.weights_path(modelpath, number)
+        planned.append(
+            TrainedFold(
+                number, path, rows, parts[rows], predicted[rows], train_rows[:MAX_STATISTICS]
+            )
+        )
+    return planned
+
+
+def _read_predictions(modelpath: Path, fold: int) -> pd.Series:
+    """Return the probabilities that a fold gave its test scans, by path; none without its file."""
+    columns = {"path": str, "fold": int, "probability": float}
+    for path in (modelpath / "predictions.csv", modelpath / f"predictions_f{fold}.csv"):
+        if path.is_file():
+            table = files.read_csv(path, columns)
+            table = table[table["fold"] == fold].drop_duplicates("path")
+            return table.set_index("path")["probability"]
+    return pd.Series(dtype=float)
+
+
+def arithmetic(modelpath: Path) -> tuple[int, str]:
+    """Return the batch size and the precision that a run was trained with, or the defaults."""
+    path = modelpath / "run.json"
+    arguments = files.read_json(path).get("arguments") if path.is_file() else {}
+    batch = arguments.get("batch") if isinstance(arguments, dict) else None
+    is_size = type(batch) is int and batch > 0
+    return batch if is_size else BATCH, str((arguments or {}).get("precision", "fp32"))
 
 
 def _count_folds(modelpath: Path, facts: dict, n_folds: int | None) -> int:

@@ -100,13 +100,14 @@ def test_reference_threshold(inputs, against, tmp_path):
     assert row["n_reference"] == 27
 
 
-def test_default_mask_is_the_mean_scan_or_any_map(inputs, tmp_path):
+def test_default_mask_and_what_lies_outside(inputs, tmp_path):
     brain = np.zeros(SHAPE)
     brain[1:9] = 1
     save(tmp_path / "mean_scan.nii.gz", brain)
     sparse = save(tmp_path / "sparse.nii.gz", blob((8, 3, 4)))
     more = ["--maps", sparse, "--reference", inputs["reference"]]
-    assert run(*more, outpath=tmp_path / "out")["n_mask"].item() == 8 * 16 * 11 + 2 * 9
+    row = run(*more, outpath=tmp_path / "out").iloc[0]
+    assert row["n_mask"] == 8 * 16 * 11 and row["outside"] == pytest.approx(18 / 27)
     assert "mask: voxels where the mean scan" in (tmp_path / "out" / "compare.log").read_text()
 
 
@@ -128,7 +129,7 @@ def test_regions(inputs, against, tmp_path, caplog):
     inputs["labels"].write_text("index,name\n4,amygdala\n")
     with caplog.at_level("WARNING", logger="heatmaps"):
         against(inputs["f0"], *more)
-    assert "without a name" in caplog.text and "[3]" in caplog.text
+    assert "regions without a name in" in caplog.text and ": 3\n" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_regions(inputs, against, tmp_path, caplog):
         ({"reference": np.ones(SHAPE)}, "fills the whole analysis mask"),
         ({"mask": np.ones((5, 6, 7))}, "(5, 6, 7)\n[[ -2. "),  # with its affine
         ({"f1": np.ones((5, 6, 7))}, "are not on one grid"),
-        ({"labels": "one column\n1\n"}, "number and name"),
+        ({"labels": "one column\n1\n"}, "must have a header"),
         (["--fwhm", "-1"], "--fwhm: must be at least 0"),
         (["--run", "nowhere"], "is no finished run"),
     ],

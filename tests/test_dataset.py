@@ -12,6 +12,7 @@ import pytest
 from conftest import AFFINE, SHAPE, make_volume, save_scan, write_cohort
 
 import dataset
+from loading import image
 from run_folder import files
 from utils import InputError
 
@@ -262,3 +263,76 @@ def test_facts_count_scans_by_size_not_by_time(folder):
     path.unlink()
     with pytest.raises(InputError, match=r"scan02\.nii\.gz cannot be read any more"):
         cohort.facts(folder / "data.csv")
+
+
+@pytest.mark.parametrize(("shift", "is_taken"), [(0.002, True), (0.02, False), (0.1, False)])
+def test_the_minority_of_slightly_other_affines_is_named(folder, shift, is_taken):
+    """The bound is a hundredth of a voxel; rounding to 0.01 mm used to part like from like."""
+    affine = AFFINE.copy()
+    affine[0, 3] += shift
+    save_scan(folder / "scan02.nii.gz", make_volume(2, 0), affine)
+    if is_taken:
+        assert len(dataset.read_cohort(folder / "data.csv").scans) == 4
+        return
+    message = error_of(folder / "data.csv")
+    assert message.count("another affine") == 1 and "row 3: scan02.nii.gz has another" in message
+
+
+def test_a_turn_counts_where_it_moves_corners(folder):
+    """A scaling by a thousandth moves the far corner by more than a hundredth of a voxel."""
+    affine = AFFINE.copy()
+    affine[:3, 0] *= 1.001
+    save_scan(folder / "scan00.nii.gz", make_volume(0, 0), affine)
+    assert "row 1: scan00.nii.gz has another affine" in error_of(folder / "data.csv")
+
+
+def save_bids(folder: Path, names: list[str]) -> Path:
+    """Write scans of these names, labels 0 and 1 in turn, and their CSV."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_scan(folder / name, make_volume(number, number % 2))
+    rows = [f"{name},{number % 2}" for number, name in enumerate(names)]
+    (folder / "data.csv").write_text("\n".join(rows))
+    return folder / "data.csv"
+
+
+@pytest.mark.parametrize(
+    ("names", "subjects"),
+    [
+        (["sub-1_ses-a.nii", "sub-1_ses-b.nii", "sub-2_ses-a.nii"], ["sub-1", "sub-1", "sub-2"]),
+        (["sub-1/a/T1w.nii", "sub-1/b/T1w.nii", "sub-10/T1w.nii"], ["sub-1", "sub-1", "sub-10"]),
+        (["copy_sub-03.nii", "sub-03.nii", "x/sub-4.nii"], ["sub-03", "sub-03", "sub-4"]),
+        (["sub-1.nii", "sub-2.nii", "sub-3.nii"], None),
+        (["sub-1_a.nii", "sub-1_b.nii", "other.nii"], None),
+    ],
+)  # fmt: skip
+def test_subjects_of_bids_names(tmp_path, caplog, names, subjects):
+    csv_path = save_bids(tmp_path, names)
+    caplog.set_level("INFO", logger="heatmaps")
+    table = dataset.read_cohort(csv_path).table
+    if subjects is None:
+        assert "subject" not in table and "--no-subjects" not in caplog.text
+        return
+    assert table["subject"].tolist() == subjects
+    assert caplog.text.count("sub-… in the paths is the subject") == 1
+    assert "subject" not in dataset.read_cohort(csv_path, no_subjects=True).table
+
+
+def test_column_3_comes_before_bids_names(tmp_path):
+    csv_path = save_bids(tmp_path, ["sub-1_a.nii", "sub-1_b.nii", "sub-2.nii"])
+    csv_path.write_text("sub-1_a.nii,0,x\nsub-1_b.nii,1,y\nsub-2.nii,0,z\n")
+    assert dataset.read_cohort(csv_path).table["subject"].tolist() == ["x", "y", "z"]
+
+
+def test_scans_without_orientation_are_one_warning(folder, caplog):
+    for number in range(3):
+        path = folder / f"scan{number:02d}.nii.gz"
+        img = nib.load(path)
+        img.header["sform_code"] = img.header["qform_code"] = 0
+        nib.save(nib.Nifti1Image(img.get_fdata(), None, img.header), path)
+    image.warn_of_orientation.cache_clear()
+    with pytest.raises(InputError, match="another affine"):
+        dataset.read_cohort(folder / "data.csv")
+    assert [line for line in warnings_in(caplog) if "no orientation" in line] == [
+        f"a scan {image.UNKNOWN_ORIENTATION}"
+    ]

@@ -103,10 +103,10 @@ def test_a_cache_shared_with_training_is_decoded_once_and_stays(
     cache = ["--cache-dir", str(tmp_path / "cache")]
     more = ["--epochs", "1", "--only-fold", "0", *cache]
     train_cv.main(train_cv.parse_args(train_arguments(cohort_csv, tmp_path / "run", *more)))
-    held = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    held = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
     assert len(held) == N_SCANS
     fit(cohort_csv, tmp_path / "svm", "--fold", str(N_FOLDS), "--C", "0.01", *cache)
-    assert held == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert held == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.npy")}
     splits, expected = (p / "splits.csv" for p in (tmp_path / "svm", run_path))
     assert splits.read_bytes() == expected.read_bytes()
     for name in ("predictions.csv", "metrics.csv", "intercepts.csv"):  # repeated: the same tables
@@ -143,3 +143,15 @@ def test_no_place_under_torchrun(cohort_csv, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="without torchrun"):
         fit(cohort_csv, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_scans_of_another_cohort_are_refused(cohort_csv, modelpath, tmp_path, capsys):
+    """Where names and labels are the same, what the networks were trained on tells."""
+    table = pd.read_csv(modelpath / "scans.csv")
+    table.loc[[3, 5], "crc32"] += 1
+    table.to_csv(modelpath / "scans.csv", index=False)
+    arguments = ["--path", cohort_csv, "--modelpath", modelpath, "--outpath", tmp_path / "svm"]
+    assert exit_status(svm, arguments) == 2
+    message = capsys.readouterr().err
+    assert f"2 scans have other voxels than those in {modelpath / 'scans.csv'}" in message
+    assert table.loc[3, "path"] in message and table.loc[5, "path"] in message

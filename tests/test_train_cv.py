@@ -1,6 +1,7 @@
 """Training: what it writes, what it keeps, when it stops, that it repeats and resumes."""
 
 import json
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def weights_of(outpath: Path, fold: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_output_tree(run_path):
-    names = {"run.json", "splits.csv", "predictions.csv", "metrics.csv", "loss_curves.png",
-             "roc.png", "train_cv.log", ".locks"}  # fmt: skip
+    names = {"run.json", "scans.csv", "splits.csv", "predictions.csv", "metrics.csv",
+             "loss_curves.png", "roc.png", "train_cv.log", ".locks"}  # fmt: skip
     for fold in range(N_FOLDS):
         names |= {f"state_dict_f{fold}.pth", f"history_f{fold}.csv", f"predictions_f{fold}.csv"}
         names |= {f"train_loss_f{fold}.npy", f"valid_loss_f{fold}.npy"}
@@ -198,3 +199,15 @@ def test_defaults_are_the_papers_and_help_names_them(capsys):
     for name, value in expected.items():
         text = shown.split(f" --{name.replace('_', '-')} ")[-1]
         assert f"(default: {value}" in text.split(" --")[0], name
+
+
+@pytest.mark.parametrize("more", [(), ("--no-cache",)])
+def test_scans_that_were_trained_on_are_listed(cohort_csv, tmp_path, more):
+    arguments = train_arguments(cohort_csv, tmp_path, "--only-fold", "0", "--epochs", "1", *more)
+    train_cv.main(train_cv.parse_args(arguments))
+    table = pd.read_csv(tmp_path / "scans.csv")
+    cohort = dataset.read_cohort(cohort_csv)
+    assert table["path"].tolist() == cohort.table["path"].tolist()
+    assert table["bytes"].tolist() == [Path(scan).stat().st_size for scan in cohort.scans]
+    volumes = cohort.volumes(None, 1)
+    assert table["crc32"].tolist() == [zlib.crc32(volumes[i].tobytes()) for i in range(N_SCANS)]

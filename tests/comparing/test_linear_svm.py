@@ -28,10 +28,11 @@ def write_volumes(folder: Path, n_scans: int, shape: tuple) -> tuple[Volumes, np
 def test_gram_matrix_is_that_of_the_centred_scans(tmp_path, n_scans, shape):
     """In several ranges of voxels, and in several tiles of rows: symmetric to the bit."""
     volumes, rows = write_volumes(tmp_path / "decoded", n_scans, shape)
-    gram, mean = linear_svm.gram_matrix(volumes, block_bytes=1)
+    gram, mean, coverage = linear_svm.gram_matrix(volumes, block_bytes=1)
     centred = rows - rows.mean(0, dtype=np.float64)
     assert np.abs(gram - centred @ centred.T).max() < 1e-10
     assert (gram == gram.T).all()
+    assert np.allclose(coverage, (rows != 0).mean(0))
     assert mean == pytest.approx(rows.mean(0), abs=1e-6)
 
 

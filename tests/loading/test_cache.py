@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -61,7 +62,8 @@ def assert_right(volumes: Volumes) -> None:
     """Hold volumes that are decoded to what their scans hold, and their folder to them alone."""
     assert volumes.missing() == []
     np.testing.assert_array_equal(np.stack([*volumes]), expected_of(volumes.scans))
-    assert set(volumes.paths) == set(volumes.folder.iterdir())
+    expected = {path.with_suffix(s) for path in volumes.paths for s in (".npy", ".json")}
+    assert expected == set(volumes.folder.iterdir())
 
 
 # What is in it
@@ -239,7 +241,7 @@ others = []
 while len(others) < n_processes - 1 and (pid := os.fork()):
     others.append(pid)
 volumes.fill()
-print(len(names), flush=True)
+os.write(1, f"{len(names)}\\n".encode())
 if len(others) == n_processes - 1:
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in others)
 """
@@ -304,7 +306,7 @@ def test_a_disk_that_is_full_midway_keeps_what_was_decoded(scans, tmp_path, monk
 
     def fill_disk(number):
         numbers.append(number)
-        if len(numbers) > 3:
+        if len(numbers) > 7:  # of two files a scan
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(number)
 
@@ -313,7 +315,7 @@ def test_a_disk_that_is_full_midway_keeps_what_was_decoded(scans, tmp_path, monk
         cached(scans, tmp_path, 0).fill()
     monkeypatch.setattr(os, "fsync", fsync)
     volumes = cached(scans, tmp_path)
-    assert (len(volumes.missing()), len(list(volumes.folder.iterdir()))) == (5, 3)
+    assert (len(volumes.missing()), len(list(volumes.folder.glob("*.npy")))) == (5, 3)
     decoded.clear()
     volumes.fill()
     assert len(decoded) == 5
@@ -329,7 +331,7 @@ def test_what_the_system_says_of_a_write_is_handed_on(scans, tmp_path):
             cached(scans, tmp_path).fill()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json"}
 
 
 def test_a_folder_that_is_a_file(scans, tmp_path):
@@ -389,3 +391,76 @@ def test_batches_end_their_threads_when_left_or_failed(scans, decoded):
             n_batches += 1
     assert n_batches == 5  # where its batch comes
     assert threading.active_count() == n_threads
+
+
+def spoil(path: str, change) -> None:
+    """Change a scan's voxels."""
+    img = nib.load(path)
+    data = img.get_fdata(dtype=np.float32)
+    change(data)
+    nib.save(nib.Nifti1Image(data, img.affine), path)
+
+
+def set_hot(data: np.ndarray) -> None:
+    data[12, 12, 12] = 1e5
+
+
+def set_below_0(data: np.ndarray) -> None:
+    data[0, 0, 0] = -1
+
+
+def set_z_scores(data: np.ndarray) -> None:
+    inside = data > 0
+    data[inside] = (data[inside] - data[inside].mean()) / data[inside].std()
+    data[~inside] = np.nan
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_hot, "have an outlier"),
+        (set_below_0, "have a background"),
+        (set_z_scores, "have a background"),
+    ],
+)
+def test_scans_that_scaling_spoils_are_named(scans, tmp_path, caplog, change, message, is_kept):
+    """Also in a second run, which finds them decoded."""
+    spoil(scans[1], change)
+    for _ in range(2):
+        caplog.clear()
+        volumes = cached(scans, tmp_path) if is_kept else Volumes(scans, LABELS, SHAPE)
+        volumes.fill()
+        list(volumes.batches(np.arange(len(scans)), 2, torch.device("cpu")))
+        lines = [r.getMessage() for r in caplog.records if message in r.getMessage()]
+        assert len(lines) == 1 and lines[0].startswith("1 of ") and lines[0].endswith(scans[1])
+    assert not any("copies" in record.getMessage() for record in caplog.records)
+
+
+def test_a_clean_cohort_is_no_warning(scans, tmp_path, caplog):
+    cached(scans, tmp_path).fill()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_copies_of_a_scan_are_named(scans, tmp_path, caplog):
+    """They have the same voxels once scaled, whatever their file, gain and name."""
+    spoil(scans[2], lambda data: None)
+    data = nib.load(scans[2]).get_fdata(dtype=np.float32)
+    nib.save(nib.Nifti1Image(4 * data, nib.load(scans[0]).affine), scans[0])
+    cached(scans, tmp_path).fill()
+    assert f"are copies of each other, voxel by voxel: {scans[0]}, {scans[2]}" in caplog.text
+
+
+def test_table_of_what_was_decoded(scans, tmp_path):
+    volumes = cached(scans, tmp_path)
+    volumes.fill()
+    table = volumes.table()
+    assert table["bytes"].tolist() == [Path(scan).stat().st_size for scan in scans]
+    assert table["crc32"].tolist() == [
+        zlib.crc32(volume.tobytes()) for volume in expected_of(scans)
+    ]
+    for path in volumes.folder.glob("*.json"):
+        path.write_text("{")
+    again = cached(scans, tmp_path)
+    again.fill()
+    assert again.table().equals(table)

@@ -3,6 +3,7 @@
 import bz2
 import errno
 import gzip
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -295,3 +296,49 @@ def test_write_image_is_whole_or_not_at_all(tmp_path, monkeypatch):
         image.write_image(path, make_volume(2, 0), like_img)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_orientation_is_stated_or_not(tmp_path):
+    """By the codes of sform and qform, MGH's flag; Analyze has none."""
+    data, cases = make_volume(0, 0), {}
+    for codes in ((0, 0), (1, 0), (0, 2), (4, 1)):
+        img = nib.Nifti1Image(data, AFFINE)
+        img.header["sform_code"], img.header["qform_code"] = codes
+        cases[img] = codes != (0, 0)
+    for flag in (0, 1):
+        img = nib.MGHImage(data, AFFINE)
+        img.header["goodRASFlag"] = flag
+        cases[img] = bool(flag)
+    cases[nib.Spm99AnalyzeImage(data, AFFINE)] = False
+    for img, is_stated in cases.items():
+        assert image.states_orientation(img) is is_stated
+        assert (image.orientation_of(img) == "stated") is is_stated
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "nifti2.nii"])
+def test_voxels_inside_the_header_are_refused(tmp_path, name):
+    image_class = nib.Nifti2Image if "2" in name else nib.Nifti1Image
+    path, content = tmp_path / name, image_class(make_volume(0, 0), AFFINE).to_bytes()
+    kind = image_class.header_class
+    header = kind(content[: kind.sizeof_hdr], check=False)
+    for offset in (0, 16):
+        header["vox_offset"] = offset
+        changed = header.binaryblock + content[header.sizeof_hdr :]
+        path.write_bytes(gzip.compress(changed) if name == "x.nii.gz" else changed)
+        with pytest.raises(InputError, match="damaged"):
+            image.open_scan(path)
+
+
+def test_describe_volume():
+    rng = np.random.default_rng(0)
+    volume = rng.random((60, 70, 80), dtype=np.float32)
+    volume[:20] = 0
+    facts = image.describe_volume(volume, 3)
+    assert facts["n_nonfinite"] == 3 and facts["filling"] is None and 0.99 < facts["top"] < 1
+    assert facts["crc32"] == zlib.crc32(volume.tobytes())
+    assert facts["crc32"] == image.describe_volume(np.asfortranarray(volume), 0)["crc32"]
+    hot = volume / 1000
+    hot[30, 30, 30] = 1
+    assert image.describe_volume(hot, 0)["top"] < 0.2
+    volume[:20] = 0.25
+    assert image.describe_volume(volume, 0)["filling"] == 0.25

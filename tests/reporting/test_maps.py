@@ -23,7 +23,7 @@ def make_fold(outpath, fold: int, saves_scans: bool = True) -> maps.FoldMaps:
 
 
 def make_scan(row: int, label: int, logits: tuple) -> maps.ExplainedScan:
-    return maps.ExplainedScan(row, f"in/{row}.nii", label, label, torch.tensor(logits))
+    return maps.ExplainedScan(row, f"in/{row}.nii", label, "test", label, torch.tensor(logits))
 
 
 def test_running_mean_of_single_and_weighted_volumes():
@@ -48,6 +48,8 @@ def test_completeness_error():
     assert maps.completeness_error("LRP", 1.9, 2.0, 5.0) == pytest.approx(0.05)
     assert maps.completeness_error("IG", 1.2, 2.0, 1.0) == pytest.approx(0.2)
     assert np.isnan(maps.completeness_error("GGC", 1.0, 2.0, 1.0))
+    assert np.isnan(maps.completeness_error("IG", 1.0, 2.0, 1.991))
+    assert maps.completeness_error("IG", 1.0, 2.0, 1.989) == pytest.approx(0.989 / 0.011)
     assert maps.completeness_error("LRP", 1.0, 0.0, 1.0) == np.inf
 
 
@@ -60,10 +62,16 @@ def test_folds_of_unequal_size(tmp_path):
             of_fold.add(make_scan(row, 1, (0.0, 1.0)), data[row], torch.zeros(2))
         of_fold.write()
         mean_scan = np.full(SHAPE, fold, dtype=np.float32)
-        nib.save(nib.Nifti1Image(mean_scan, AFFINE), tmp_path / f"mean_scan_f{fold}.nii.gz")
-    table, written = maps.assemble(tmp_path, "LRP", 2, True, LIKE_IMG)
+        for name in ("mean_scan", "coverage"):
+            nib.save(nib.Nifti1Image(mean_scan, AFFINE), tmp_path / f"{name}_f{fold}.nii.gz")
+    table, shares, written = maps.assemble(
+        tmp_path, "LRP", 2, LIKE_IMG, by_outcome=True, equal=False
+    )
+    powers = [np.square(data[0]).sum(), np.square((data[1] + data[2]) / 2).sum()]
+    assert shares == pytest.approx(dict(enumerate(powers / np.sum(powers))), rel=1e-5)
     found = {path.name: maps.read_map(path, SHAPE) for path in written if path.suffix == ".gz"}
-    assert set(found) == {"mean_scan.nii.gz", "LRP_map_all.nii.gz", "LRP_map_TP.nii.gz"}
+    names = {"mean_scan.nii.gz", "coverage.nii.gz", "LRP_map_all.nii.gz", "LRP_map_TP.nii.gz"}
+    assert set(found) == names
     expected = (data[0] + (data[1] + data[2]) / 2) / 2
     assert found["LRP_map_all.nii.gz"] == pytest.approx(expected, abs=1e-6)
     assert found["LRP_map_TP.nii.gz"] == pytest.approx(sum(data) / 3, abs=1e-6)

@@ -94,7 +94,7 @@ def test_other_folds_scans_and_folders_are_refused(modelpath):
     refused("there is no folder --modelpath", path=modelpath / "run.json")
     without_test = PARTS | {"fold_1": ["train", "val", "train", "val", "train", "val"]}
     files.write_csv(modelpath / "splits.csv", TABLE.assign(**without_test))
-    refused(r"splits\.csv has a fold that tests no scan")
+    refused(r"splits\.csv is not a table of folds")
 
 
 def test_checksums_are_those_of_all_that_maps_depend_on(modelpath):
