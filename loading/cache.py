@@ -6,7 +6,6 @@ processes and hosts may fill one folder together, whenever any of them is killed
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -119,12 +118,13 @@ class Volumes:
             return
         volume_data = self._load(row)
         mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}-{self.paths[row].name}"
-        buffer = io.BytesIO()  # np.save to a file does not say that the disk is full
-        np.save(buffer, volume_data)
-        with files.whole_file(self.paths[row].with_suffix(".json"), mine) as temporary_path:
-            temporary_path.write_text(json.dumps(self.facts[row]))
-        with files.whole_file(self.paths[row], mine, volume_data.nbytes) as temporary_path:
-            temporary_path.write_bytes(buffer.getbuffer())
+        header = np.lib.format.header_data_from_array_1_0(volume_data)
+        whole_file = files.whole_file(self.paths[row], mine, volume_data.nbytes)
+        with whole_file as temporary_path, temporary_path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)  # np.save would hide a full disk
+            file.write(volume_data.data)
+        with suppress(OSError):  # where they are missing, or cut, they are computed anew
+            self.paths[row].with_suffix(".json").write_text(json.dumps(self.facts[row]))
 
     def _load(self, row: int) -> np.ndarray:
         """Decode a scan."""

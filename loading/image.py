@@ -22,7 +22,7 @@ PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for con
 DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
 MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
 CHUNK_BYTES = 2**20
-SAMPLED_VOXELS = 200_000
+SAMPLED_VOXELS = 50_000
 MAX_FILLED = 0.1  # of the voxels, by one value
 MAX_DISPLACEMENT_VOX = 0.01  # of a volume's corners, in what counts as one space
 COMPRESSION = 1  # of ISA-L, 0 to 3: an order of magnitude faster than zlib's lowest
@@ -232,13 +232,13 @@ def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
     a background should lie; None if there is none.
     """
     voxels = volume_data.reshape(-1)
-    part = voxels[:: max(1, len(voxels) // SAMPLED_VOXELS)]
+    part = np.sort(voxels[:: max(1, len(voxels) // SAMPLED_VOXELS)])
     values, counts = np.unique(part, return_counts=True)
     filling = float(values[counts.argmax()]) if counts.max() > MAX_FILLED * len(part) else 0.0
     return {
         "n_nonfinite": n_nonfinite,
         "crc32": zlib.crc32(np.ascontiguousarray(volume_data)),
-        "top": float(np.percentile(part, 99.9)),
+        "top": float(part[int(0.999 * (len(part) - 1))]),
         "filling": filling or None,
     }
 

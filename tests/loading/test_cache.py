@@ -306,7 +306,7 @@ def test_a_disk_that_is_full_midway_keeps_what_was_decoded(scans, tmp_path, monk
 
     def fill_disk(number):
         numbers.append(number)
-        if len(numbers) > 7:  # of two files a scan
+        if len(numbers) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(number)
 
@@ -331,7 +331,7 @@ def test_what_the_system_says_of_a_write_is_handed_on(scans, tmp_path):
             cached(scans, tmp_path).fill()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json"}
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_folder_that_is_a_file(scans, tmp_path):
