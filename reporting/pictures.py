@@ -2,6 +2,7 @@
 
 import gc
 import html
+import re
 from pathlib import Path
 
 import matplotlib
@@ -108,5 +109,6 @@ def draw_map(stem: Path, mean_scan_path: Path, title: str) -> list[Path]:
         map_img, scan_img, title=html.escape(title), resampling_interpolation="nearest",
         black_bg=True, **shown,
     )  # fmt: skip
-    files.write_bytes(stem.with_suffix(".html"), view.get_standalone().encode())
+    page = re.sub(r"<link[^>]*https?:[^>]*>", "", view.get_standalone())  # nilearn 0.14's icon
+    files.write_bytes(stem.with_suffix(".html"), page.encode())
     return [stem.with_suffix(".png"), stem.with_suffix(".html")]
