@@ -437,6 +437,32 @@ def test_a_run_without_predictions_is_not_checked(cohort_csv, modelpath, tmp_pat
     assert "fold 0 has no predictions: its scans are not checked" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("shares", "named"),
+    [
+        ({0: 0.7, 1: 0.2, 2: 0.1}, ["fold 0 has 70 %"]),
+        ({0: 0.6, 1: 0.3, 2: 0.1}, []),  # not twice an even share
+        ({0: 0.45, 1: 0.25, 2: 0.1, 3: 0.1, 4: 0.1}, []),  # not above half
+        ({0: 0.5, 1: 0.5, 2: 0.0}, ["fold 2 has 0 %"]),
+    ],
+)
+def test_folds_that_speak_for_all_or_not_at_all_are_named(caplog, shares, named):
+    heatmap.warn_of("IG", pd.Series(0, index=list(shares)), shares, {"test"})
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(named)
+    assert all(text in line for text, line in zip(named, lines, strict=True))
+
+
+def test_maps_that_are_0_are_counted_and_named_by_fold(maps_path, caplog):
+    for method in METHODS:
+        table = pd.read_csv(maps_path / f"{method}_predictions.csv")
+        n_zero = (table["map_sum"] == 0).groupby(table["fold"]).sum()
+        sidecar = json.loads((maps_path / f"{method}_map_all.json").read_text())
+        assert sidecar["zero_maps_per_fold"] == {str(f): n for f, n in n_zero.items()}
+    heatmap.warn_of("GGC", pd.Series({0: 3, 1: 0, 2: 1}), {0: 0.3, 1: 0.3, 2: 0.4}, {"test"})
+    assert caplog.text.count("WARNING") == 1 and ": 3 of fold 0, 1 of fold 2" in caplog.text
+
+
 def test_all_subjects_of_the_training_cohort_are_not_held_out(
     cohort_csv, run_path, tmp_path, caplog
 ):
