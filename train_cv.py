@@ -28,13 +28,13 @@ import models
 import utils
 from loading.cache import Volumes
 from reporting import metrics, pictures
-from run_folder import checkpoints, files, folds
+from run_folder import checkpoints, files, folds, trained_run
 from run_folder.processes import from_first, run_script, wait_for_all
 from run_folder.run import RunFolder, locked, new_record
 from utils import InputError, RunError, log
 
 # Wang et al., NeuroImage 269:119929, 2023
-BATCH = 5
+BATCH = trained_run.BATCH
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 1e-4
 MAX_EPOCHS = 200

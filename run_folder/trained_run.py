@@ -10,7 +10,7 @@ from run_folder import checkpoints, files, folds
 from utils import InputError
 
 MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
-BATCH = 5  # of a folder without run.json
+BATCH = 5  # scans per training step: the paper's, and that of a folder without run.json
 
 
 @dataclass(frozen=True)
