@@ -96,7 +96,7 @@ def meet():
     array = np.array([[1.0, rank()]])
     processes.add_up(array)
     assert array.tolist() == [[2, 1]]
-    sys.stdout.write("met\n")  # in one piece, unlike print
+    sys.stdout.write("met\\n")  # in one piece, unlike print
     processes.from_first(refuse)
 
 def main(what):
@@ -107,7 +107,8 @@ def main(what):
     distributed.all_reduce(torch.zeros(1), async_op=True)  # the other's part will not come
     if what == "fault":
         raise KeyError("a fault")
-    print("waiting", flush=True)
+    sys.stdout.write("waiting\\n")
+    sys.stdout.flush()
     processes.wait_for_all()
 
 sys.exit(processes.run_script(main, sys.argv[1], "Epochs are kept"))
