@@ -330,7 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, "--path", "--outpath", "--no-subjects", "--seed", "--device", "--workers",
+        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
         "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
@@ -374,12 +374,14 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     utils.set_precision("fp32")
     device = utils.find_device(args.device)
-    cohort = dataset.read_cohort(args.path, args.no_subjects)
+    cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
     of_run = {key: facts[key] for key in ("model", "volume_shape", "affine")}
     only_held_out = args.subjects == "test"
-    plan = trained_run.plan(args.modelpath, of_run, args.fold, cohort.table, only_held_out)
+    plan = trained_run.plan(
+        args.modelpath, of_run, args.fold, cohort.table, cohort.scans, only_held_out
+    )
     args.fold = facts["n_folds"] = len(plan)
     wanted = folds.asked_for(args.fold, args.only_fold, args.overwrite)
     for fold in plan:

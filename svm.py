@@ -49,16 +49,19 @@ def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFr
         return folds.draw(cohort.table, args.fold, args.val_fraction, args.seed)
     if not args.modelpath.is_dir():
         raise InputError(f"there is no folder --modelpath {args.modelpath}")
-    return folds.read(args.modelpath / "splits.csv", cohort.table)
+    return folds.read(args.modelpath / "splits.csv", cohort.table, cohort.scans)
 
 
-def check_scans(modelpath: Path | None, cohort: dataset.Cohort, volumes: Volumes) -> None:
-    """Raise an InputError if a scan is not the one that the networks were trained on."""
+def check_scans(modelpath: Path | None, then: pd.Series, volumes: Volumes) -> None:
+    """Raise an InputError if a scan is not the one that the networks were trained on.
+
+    `then` are the scans' paths as they were in training.
+    """
     path = modelpath / "scans.csv" if modelpath else None
     if path is None or not path.is_file():
         return
     trained = files.read_csv(path, {"path": str, "crc32": int}).set_index("path")["crc32"]
-    now = volumes.table()["crc32"].set_axis(cohort.table["path"])
+    now = volumes.table()["crc32"].set_axis(then)
     differing = now.index[(trained.reindex(now.index) != now).to_numpy()]
     if len(differing):
         raise InputError(
@@ -133,14 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__,
-        "--path",
-        "--outpath",
-        "--no-subjects",
-        "--seed",
-        "--workers",
-        "--cache-dir",
-        "--overwrite",
+        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--workers", "--cache-dir", "--overwrite"
     )
     option = parser.add_argument
     # fmt: off
@@ -160,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     if utils.world_size() > 1:
         raise InputError("svm.py runs as one process: start it without torchrun")
-    cohort = dataset.read_cohort(args.path, args.no_subjects)
+    cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     splits = choose_splits(args, cohort)
     facts = {"model": "linear SVM", "n_folds": folds.count(splits), **cohort.facts(args.path)}
     record = new_record("svm.py", vars(args), **facts)
@@ -169,12 +165,12 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"{args.outpath} holds an SVM: choose another --outpath, or --overwrite")
     volumes = cohort.volumes(args.cache_dir or args.outpath / ".cache", args.workers)
     volumes.check_room()
-    run.start(args.overwrite, {"splits.csv": splits})
+    run.start(args.overwrite, {"splits.csv": splits.assign(path=cohort.table["path"])})
     utils.start_log(args.outpath / "svm.log")
 
     with utils.log_above_bars():
         volumes.fill()
-        check_scans(args.modelpath, cohort, volumes)
+        check_scans(args.modelpath, splits["path"], volumes)
         gram, mean, coverage = linear_svm.gram_matrix(volumes)
         fits, predictions = fit_folds(args, cohort, splits, gram)
         coefficients = [c for f in fits for c in (f.weight_coefficients, f.pattern_coefficients)]

@@ -189,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, "--path", "--outpath", "--no-subjects", "--seed", "--device", "--workers",
+        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
         "--cache-dir", "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
         )
     utils.set_precision(args.precision)
     device = utils.find_device(args.device)
-    cohort = dataset.read_cohort(args.path, args.no_subjects)
+    cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     models.build_model(args.model, cohort.volume_shape)
     splits = from_first(lambda: folds.draw(cohort.table, args.fold, args.val_fraction, args.seed))
     facts = {"model": args.model, "n_folds": args.fold, "seed": args.seed,
@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     from_first(lambda: volumes.check_room() if run.unfinished(wanted) else None)
     run = from_first(lambda: run.start(args.overwrite, {"splits.csv": splits}))
     utils.start_log(args.outpath / "train_cv.log", args.only_fold)
-    splits = from_first(lambda: folds.read(args.outpath / "splits.csv", cohort.table))
+    splits = from_first(lambda: folds.read(args.outpath / "splits.csv", cohort.table, cohort.scans))
     todo = from_first(lambda: run.unfinished(wanted))
     shape = "×".join(map(str, cohort.volume_shape))
     log.info(

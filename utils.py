@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 N_WORKERS = min(4, os.cpu_count())
+COLUMN_ROLES = ("scan", "label", "subject")
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn", "scipy")
 
@@ -87,13 +88,32 @@ def number(
     return parse
 
 
+def role_and_name(text: str) -> tuple[str, str]:
+    """Parse ROLE=NAME of --columns."""
+    role, is_given, name = text.partition("=")
+    if role not in COLUMN_ROLES or not (is_given and name.strip()):
+        raise argparse.ArgumentTypeError(
+            f"must be {', '.join(f'{role}=NAME' for role in COLUMN_ROLES)}, got {text!r}"
+        )
+    return role, name
+
+
 OPTIONS = {  # that mean the same in every script that has them
     "--path": dict(type=Path, required=True, metavar="CSV",
-                   help="one scan a row: NIfTI file, label 0 or 1, optional subject"),
+                   help="one scan a row: NIfTI file, label 0 or 1, optional subject; columns by "
+                        "name below a header row"),
+    "--columns": dict(type=role_and_name, nargs="+", default=[], metavar="ROLE=NAME",
+                      help="which columns the CSV's header names as scan, label or subject, where "
+                           "it calls them otherwise"),
+    "--positive": dict(nargs="+", default=[], metavar="WORD",
+                       help="words in the label's column that mean 1; rows with other words than "
+                            "these and --negative are left out"),
+    "--negative": dict(nargs="+", default=[], metavar="WORD",
+                       help="words in the label's column that mean 0"),
     "--outpath": dict(type=Path, required=True, metavar="DIR",
                       help="output folder, created if missing"),
     "--no-subjects": dict(action="store_true",
-                          help="without a column of subjects: take no subject from sub-… in paths"),
+                          help="take no subject from a column, nor from sub-… in paths"),
     "--seed": dict(type=number(int, at_least=0), default=0, help="seed of all random draws"),
     "--device": dict(help="a GPU index (0), a torch device (cuda:1) or cpu; left out: the first "
                           "GPU, else the CPU"),
@@ -111,6 +131,9 @@ OPTIONS = {  # that mean the same in every script that has them
     "--dry-run": dict(action="store_true",
                       help="check everything, say what it would take, and write nothing"),
 }  # fmt: skip
+
+
+OF_COHORT = ("--path", "--columns", "--positive", "--negative", "--no-subjects")
 
 
 def make_parser(doc: str, *names: str) -> argparse.ArgumentParser:

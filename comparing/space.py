@@ -1,16 +1,15 @@
 """Where maps are compared: their grid, and the mask, the reference and the atlas on it."""
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from nibabel.spatialimages import SpatialImage
 from nilearn import datasets, image
 
 from loading.image import read_image, same_space
+from loading.table import Rows, plain, read_rows, shown
 from reporting.maps import COVERAGE, MEAN_SCAN
 from utils import InputError, log, printable, some_of
 
@@ -223,22 +222,28 @@ def load_atlas(
 
 def read_names(path: Path) -> dict[int, str]:
     """Return the names of an atlas's regions by number; an InputError if the table is ambiguous."""
+
+    def heads(cells: list[str]) -> list[str]:
+        return [plain(cell) if plain(cell) in (*NUMBER_HEADS, "name") else "" for cell in cells]
+
+    def score(rows: Rows) -> tuple:
+        return (sum(map(bool, heads(rows[0][1]))) if rows else 0,)
+
     rule = (
-        f"--atlas-labels {path} must have a header with one of index, label, id or number, and name"
+        f"--atlas-labels {path} must have a header with one of {', '.join(NUMBER_HEADS)}, and name"
     )
-    try:
-        options = {"sep": None, "engine": "python", "dtype": str, "encoding": "utf-8-sig"}
-        table = pd.read_csv(path, header=None, **options)
-        table.columns = [str(head).strip().lower() for head in table.iloc[0]]
-        table = table[1:]
-        number_heads = [head for head in table.columns if head in NUMBER_HEADS]
-        if len(number_heads) != 1 or list(table.columns).count("name") != 1:
-            raise InputError(f"{rule}; it has {', '.join(table.columns)}")
-        numbers = [int(text) for text in table[number_heads[0]]]
-    except InputError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{rule}: {error}") from None
-    if len(set(numbers)) < len(numbers):
-        raise InputError(f"--atlas-labels {path} names a region twice")
-    return dict(zip(numbers, table["name"].astype(str), strict=True))
+    rows = read_rows(path, score, lambda cells: all(heads(cells)))
+    header = heads(rows[0][1]) if rows else []
+    numbers = [column for column, head in enumerate(header) if head in NUMBER_HEADS]
+    if len(numbers) != 1 or header.count("name") != 1:
+        raise InputError(f"{rule}; it has {', '.join(rows[0][1]) if rows else 'no row'}")
+    names: dict[int, str] = {}
+    for line, cells in rows[1:]:
+        try:
+            number, name = int(cells[numbers[0]]), cells[header.index("name")]
+        except (ValueError, IndexError):
+            raise InputError(f"{rule}; row {line} is {shown(','.join(cells))}") from None
+        if number in names:
+            raise InputError(f"--atlas-labels {path} names a region twice: {number}")
+        names[number] = name
+    return names

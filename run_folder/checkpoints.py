@@ -1,6 +1,8 @@
 """What a fold keeps in training and at its end; files are loaded without running code from them."""
 
 import io
+import pickle
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +11,11 @@ import torch
 from torch import nn
 
 from run_folder import files
-from utils import InputError
+from utils import InputError, some_of
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # of a state dict, in a dict of more
+PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+COUNTERS = ("n_averaged",)  # AveragedModel's
 
 
 @dataclass
@@ -71,35 +77,74 @@ def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Ad
     if not path.is_file():
         return FoldState()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
         state = FoldState(**content["state"])
         for weights in (state.best_weights, content["model"]):  # the latter are trained further
             model.load_state_dict(weights)
         options = optimizer.state_dict()["param_groups"]  # the command's, not the file's
         optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": options})
-    except Exception as error:  # torch.load lets through whatever bytes provoke
+    except Exception as error:  # whatever a crafted content provokes
+        reason = " ".join(line.strip() for line in str(error).splitlines())[:300]
         raise InputError(
-            f"{path} cannot resume this fold; start anew with --overwrite: {_reason(error)}"
+            f"{path} cannot resume this fold; start anew with --overwrite: "
+            f"{reason or type(error).__name__}"
         ) from None
     return state
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a fold's state dict into a model; an InputError if it is none, or another model's."""
+    """Load a fold's state dict into a model; an InputError if it is none, or another model's.
+
+    It may stand in a dict of more, or be that of a network in DataParallel, torch.compile or the
+    like, whose keys have a prefix.
+    """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}")
+    expected = model.state_dict()
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load lets through whatever bytes provoke
+        weights = _bare(_load(path))
+        for what, keys in (
+            ("misses", [key for key in expected if key not in weights]),
+            ("has besides", [key for key in weights if key not in expected]),
+        ):
+            if keys:
+                raise ValueError(f"its state dict {what} {some_of(keys)}")
+        for key, tensor in expected.items():
+            shape = tuple(getattr(weights[key], "shape", ("no tensor",)))
+            if shape != tuple(tensor.shape):
+                raise ValueError(f"{key} has shape {shape}, the model's {tuple(tensor.shape)}")
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path} holds no weights of this model for volumes of this shape: {_reason(error)}"
+            f"{path} holds no weights of this model for volumes of this shape: {error}"
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    """Return torch's reason in one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(lines)[:300] or type(error).__name__
+def _load(path: Path) -> object:
+    """Load what torch.save wrote, running no code from it; a ValueError says what hinders that."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load lets through whatever bytes provoke
+        reason = "it is no file of torch.save, or damaged"
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            reason = (
+                "it holds more than tensors, such as a whole module or numpy values, and loading "
+                "those could run code from it; save model.state_dict() alone"
+            )
+        raise ValueError(reason) from None
+
+
+def _bare(content: object) -> dict:
+    """Return the state dict in what was loaded, without the prefixes of wrapped networks."""
+    for key in WRAPPERS:
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not (isinstance(content, dict) and content and all(isinstance(key, str) for key in content)):
+        raise ValueError(f"it holds no state dict but a {type(content).__name__}")
+    weights = {key: value for key, value in content.items() if key not in COUNTERS}
+    for prefix in PREFIXES * 2:  # in whatever order they were wrapped
+        if all(key.startswith(prefix) for key in weights):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:

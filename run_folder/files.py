@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,22 @@ def nearest_folder(path: Path) -> Path:
     """Return what there is of a path: itself, or the nearest of its parents."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+def find(text: str, folder: Path) -> Path | None:
+    """Look a file up from a folder, then from here, however its letters are composed.
+
+    A link keeps its own name: what it points to may have none that says what it holds.
+    """
+    spellings = dict.fromkeys([text, *(unicodedata.normalize(f, text) for f in ("NFC", "NFD"))])
+    try:
+        for path in (Path(spelling).expanduser() for spelling in spellings):
+            for candidate in (folder.resolve() / path, Path.cwd() / path):
+                if candidate.is_file():
+                    return candidate
+    except (OSError, RuntimeError):  # a name too long, a folder not ours, an unknown ~user
+        return None
+    return None
 
 
 def check_outpath(outpath: Path, option: str = "--outpath") -> None:

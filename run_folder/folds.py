@@ -1,6 +1,8 @@
 """The folds: drawn once, stratified and seeded, subjects kept whole; read back from splits.csv."""
 
-from pathlib import Path
+import unicodedata
+from itertools import takewhile
+from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
@@ -101,8 +103,19 @@ def count(splits: pd.DataFrame) -> int:
     return len([name for name in splits if name.startswith("fold_")])
 
 
-def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Read splits.csv in the order of `table` (path, label); an InputError if scans differ."""
+def read(path: Path, table: pd.DataFrame, scans: list[str]) -> pd.DataFrame:
+    """Read splits.csv in the order of the CSV's scans; an InputError if it has other scans.
+
+    Scans that have moved since, or are spelled otherwise, are known by their names; `path` of the
+    table returned is as it was then.
+
+    Parameters
+    ----------
+    table : DataFrame
+        path and label of each scan, as the CSV has them now.
+    scans : list of str
+        Their files, absolute.
+    """
     if not path.is_file():
         raise InputError(
             f"there is no {path} of train_cv.py; heatmap.py --subjects all does without it"
@@ -113,15 +126,50 @@ def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     are_folds = parts.isin(PARTS).all(axis=None) and (is_test.sum(axis=1) == 1).all()
     if len(parts.columns) != count(splits) or not are_folds or not is_test.any().all():
         raise InputError(f"{path} is not a table of folds of train_cv.py")
-    for here, there, place in ((table, splits, path), (splits, table, "the CSV")):
-        missing = here["path"][~here["path"].isin(there["path"])]
-        if len(missing) or not here["path"].is_unique:
+    now, then = _match(path, table["path"].tolist(), scans, splits["path"].tolist())
+    for here, there, place in ((now, then, path), (then, now, "the CSV")):
+        missing = sorted(set(here) - set(there))
+        if missing or len(set(here)) < len(here):
             raise InputError(
-                f"the CSV's scans are not those of {path}: {len(missing)} are not in {place}, such "
-                f"as {next(iter(missing), 'one that is listed twice')!r}"
+                f"the CSV's scans are not those of {path}, wherever they were moved: "
+                f"{len(missing)} are not in {place}, such as "
+                f"{next(iter(missing), 'one that is listed twice')!r}"
             )
-    splits = splits.set_index("path", drop=False).loc[table["path"]].reset_index(drop=True)
+    splits = splits.set_axis(then).loc[now].reset_index(drop=True)
     differing = table["path"][splits["label"].to_numpy() != table["label"].to_numpy()]
     if len(differing):
         raise InputError(f"{differing.iloc[0]!r} has another label in {path} than in the CSV")
     return splits
+
+
+def _match(
+    splits_path: Path, paths: list[str], scans: list[str], old_paths: list[str]
+) -> tuple[list[str], list[str]]:
+    """Return names of the scans, now and then, that are equal for one scan.
+
+    They are the paths as they stand, or the files found under them, or what the paths have below
+    the folder that all share.
+    """
+    if set(paths) == set(old_paths):
+        return paths, old_paths
+    record_path = splits_path.with_name("run.json")
+    record = files.read_json(record_path) if record_path.is_file() else {}
+    found = [files.find(old, Path(str(record.get("csv_folder", ".")))) for old in old_paths]
+    if all(found):
+        now, then = ([str(Path(file).resolve()) for file in them] for them in (scans, found))
+        if set(now) == set(then):
+            return now, then
+    (now, folder), (then, old_folder) = _below_common_folder(scans), _below_common_folder(old_paths)
+    if set(now) == set(then):
+        log.info("the scans of %s have moved from %s to %s", splits_path, old_folder, folder)
+        return now, then
+    return paths, old_paths
+
+
+def _below_common_folder(paths: list[str]) -> tuple[list[str], str]:
+    """Return what paths have below the folder that all share, however composed, and the folder."""
+    parts = [PurePath(unicodedata.normalize("NFC", path)).parts for path in paths]
+    folders = [each[:-1] for each in parts]
+    pairs = zip(min(folders), max(folders), strict=False)
+    n_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ["/".join(each[n_shared:]) for each in parts], str(PurePath(*parts[0][:n_shared]))

@@ -40,7 +40,12 @@ class TrainedFold:
 
 
 def plan(
-    modelpath: Path, facts: dict, n_folds: int | None, table: pd.DataFrame, only_held_out: bool
+    modelpath: Path,
+    facts: dict,
+    n_folds: int | None,
+    table: pd.DataFrame,
+    scans: list[str],
+    only_held_out: bool,
 ) -> list[TrainedFold]:
     """Return the folds to explain; an InputError if the run is of another model, scans or folds.
 
@@ -54,6 +59,8 @@ def plan(
         --fold.
     table : DataFrame
         The scans: path, label.
+    scans : list of str
+        Their files, absolute.
     only_held_out : bool
         Each fold explains its test scans only, as splits.csv has them.
     """
@@ -61,14 +68,14 @@ def plan(
     if n_folds > len(table):
         raise InputError(f"{n_folds} folds are more than there are scans")
     try:
-        splits = folds.read(modelpath / "splits.csv", table)
+        splits = folds.read(modelpath / "splits.csv", table, scans)
         if folds.count(splits) != n_folds:
             n_there = folds.count(splits)
             raise InputError(f"{modelpath / 'splits.csv'} has {n_there} folds, not {n_folds}")
     except InputError:
         if only_held_out:
             raise
-        splits = pd.DataFrame({f"fold_{fold}": [""] * len(table) for fold in range(n_folds)})
+        splits = table[["path"]].assign(**{f"fold_{fold}": "" for fold in range(n_folds)})
     planned = []
     for number in range(n_folds):
         parts = splits[f"fold_{number}"].to_numpy().astype(str)
@@ -76,7 +83,7 @@ def plan(
         if not len(rows):
             raise InputError(f"{modelpath / 'splits.csv'}: fold {number} tests no scan")
         train_rows = np.flatnonzero(parts == "train") if "train" in parts else np.arange(len(table))
-        predicted = _read_predictions(modelpath, number).reindex(table["path"]).to_numpy()
+        predicted = _read_predictions(modelpath, number).reindex(splits["path"]).to_numpy()
         path = checkpoints.weights_path(modelpath, number)
         planned.append(
             TrainedFold(

@@ -13,6 +13,7 @@ from conftest import AFFINE, SHAPE, make_volume, save_scan, write_cohort
 
 import dataset
 from loading import image
+from loading.table import Wanted
 from run_folder import files
 from utils import InputError
 
@@ -76,7 +77,7 @@ def test_subject_column(folder, caplog):
     caplog.set_level(logging.INFO, "heatmaps")
     cohort = read_text(folder, "scan00.nii.gz,0,007\nscan01.nii.gz,1,s2\nscan02.nii.gz,0,007\n")
     assert cohort.table["subject"].tolist() == ["007", "s2", "007"]
-    assert "2 subjects, 3 scans" in caplog.text
+    assert "3 scans: 1 of label 1, 2 of label 0; subject = column 3, 2" in caplog.text
     assert warnings_in(caplog) == []
 
 
@@ -182,7 +183,8 @@ def test_both_files_of_a_pair_are_one_scan(folder, names, compression):
 
 def test_files_of_one_name_in_other_formats_are_several_scans():
     names = ["x.hdr", "x.nii", "x.mgz", "x.hdr.gz", "x.nii.gz", "y.hdr"]
-    assert len({dataset.scan_key(Path(name)) for name in names}) == len(names)
+    keys = [dataset.scan_keys(Path(name)) for name in names]
+    assert len(set.union(*keys)) == sum(map(len, keys))
 
 
 # The scans
@@ -192,7 +194,8 @@ def test_files_of_one_name_in_other_formats_are_several_scans():
 def test_the_scan_of_another_shape_or_affine_is_the_one_named(folder, odd):
     path = folder / f"scan{odd:02d}.nii.gz"
     save_scan(path, make_volume(odd, 0, (24, 27, 25)))
-    (line,) = error_of(folder / "data.csv").splitlines()[1:]
+    line, read_as = error_of(folder / "data.csv").splitlines()[1:]
+    assert read_as == "  read as: scan = column 1, label = column 2"
     assert line == f"  row {odd + 1}: {path.name} has shape (24, 27, 25), the other scans {SHAPE}"
     save_scan(path, make_volume(odd, 0), OTHER_AFFINE)
     message = error_of(folder / "data.csv")
@@ -243,9 +246,11 @@ def test_every_problem_is_collected_with_its_row(tmp_path):
 
 def test_many_problems_are_cut_short_and_counted(tmp_path):
     (tmp_path / "data.csv").write_text("".join(f"gone{i}.nii,0\n" for i in range(50)))
-    lines = error_of(tmp_path / "data.csv").splitlines()[1:]
-    assert len(lines) == dataset.MAX_PROBLEMS_SHOWN + 1
-    assert f"{50 - dataset.MAX_PROBLEMS_SHOWN} more problems" in lines[-1]
+    assert error_of(tmp_path / "data.csv").splitlines()[1:] == [
+        *(f"  row {i + 1}: there is no file 'gone{i}.nii'" for i in range(3)),
+        "  … and 47 more like these",
+        "  read as: scan = column 1, label = column 2",
+    ]
 
 
 def test_facts_count_scans_by_size_not_by_time(folder):
@@ -314,8 +319,8 @@ def test_subjects_of_bids_names(tmp_path, caplog, names, subjects):
         assert "subject" not in table and "--no-subjects" not in caplog.text
         return
     assert table["subject"].tolist() == subjects
-    assert caplog.text.count("sub-… in the paths is the subject") == 1
-    assert "subject" not in dataset.read_cohort(csv_path, no_subjects=True).table
+    assert caplog.text.count("subject = sub-… in the paths") == 1
+    assert "subject" not in dataset.read_cohort(csv_path, Wanted(no_subjects=True)).table
 
 
 def test_column_3_comes_before_bids_names(tmp_path):

@@ -1,5 +1,7 @@
 """Drawing the folds, and reading them back from splits.csv."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,11 @@ from hypothesis import strategies as st
 
 from run_folder import files, folds
 from utils import InputError
+
+
+def read(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Read splits.csv for scans whose files are spelled as in the table."""
+    return folds.read(path, table, table["path"].tolist())
 
 
 def make_table(labels: list[int], subjects: list | None = None) -> pd.DataFrame:
@@ -123,11 +130,11 @@ def drawn(request, tmp_path):
 def test_splits_are_read_in_the_order_of_the_csv(drawn):
     table, splits, path = drawn
     columns = ["path", "label", "fold_0", "fold_1", "fold_2"]
-    found = folds.read(path, table)[columns]
+    found = read(path, table)[columns]
     pd.testing.assert_frame_equal(found, splits[columns], check_dtype=False)
     assert folds.count(splits) == 3
     order = np.random.default_rng(3).permutation(len(splits))
-    found = folds.read(path, table.iloc[order].reset_index(drop=True))
+    found = read(path, table.iloc[order].reset_index(drop=True))
     assert found["path"].tolist() == splits["path"].iloc[order].tolist()
     np.testing.assert_array_equal(parts_of(found), parts_of(splits)[order])
 
@@ -135,18 +142,18 @@ def test_splits_are_read_in_the_order_of_the_csv(drawn):
 def test_splits_of_other_scans_or_labels_are_refused(drawn):
     table, _, path = drawn
     with pytest.raises(InputError, match=r"2 are not in the CSV, such as 'scan002.nii.gz'"):
-        folds.read(path, table.drop(index=[2, 3]))
+        read(path, table.drop(index=[2, 3]))
     extra = table.iloc[[0]].assign(path="new.nii.gz")
     with pytest.raises(InputError, match=r"1 are not in .*splits.csv, such as 'new.nii.gz'"):
-        folds.read(path, pd.concat([table, extra], ignore_index=True))
+        read(path, pd.concat([table, extra], ignore_index=True))
     changed = table.assign(label=np.where(table.index == 4, 1 - table["label"], table["label"]))
     with pytest.raises(InputError, match=r"'scan004.nii.gz' has another label in .*splits.csv"):
-        folds.read(path, changed)
+        read(path, changed)
 
 
 def test_missing_splits_name_the_way_round(tmp_path):
     with pytest.raises(InputError, match=r"there is no .*splits\.csv.*heatmap\.py --subjects all"):
-        folds.read(tmp_path / "splits.csv", make_table([0, 1]))
+        read(tmp_path / "splits.csv", make_table([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_missing_splits_name_the_way_round(tmp_path):
 def test_a_damaged_table_of_folds_is_refused(tmp_path, content):
     (tmp_path / "splits.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"splits\.csv"):
-        folds.read(tmp_path / "splits.csv", make_table([0, 1]))
+        read(tmp_path / "splits.csv", make_table([0, 1]))
 
 
 # --only-fold
