@@ -146,8 +146,8 @@ def main(args: argparse.Namespace) -> None:
     }
     page_path = args.outpath / "report.html"
     page.write_page(page_path, facts, table, region_table, runs, maps, space)
-    print(table[list(SHOWN)].to_string(index=False, float_format="%.3f"))
-    print(args.outpath / "comparison.csv", page_path, sep="\n")
+    utils.say(table[list(SHOWN)].to_string(index=False, float_format="%.3f"))
+    utils.say(args.outpath / "comparison.csv", page_path)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-import attribution
 import dataset
 import models
 import utils
-from attribution.guided_gradcam import CAMS
 from loading import image
 from reporting import maps, pictures
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
@@ -150,6 +148,8 @@ def explain(
     targets: torch.Tensor, place: str,
 ) -> np.ndarray:  # fmt: skip
     """Return a method's maps of some scans, float32 of shape (N, D, H, W)."""
+    import attribution
+
     options = parameters_of(args, method) | ({"batch_size": args.batch} if method == "IG" else {})
     try:
         with torch.enable_grad():
@@ -309,7 +309,7 @@ def dry_run(
 ) -> None:  # fmt: skip
     """Say what the run would take, from maps of the first scans; write nothing."""
     n_scans = sum(len(fold.rows) for fold in plan)
-    print(f"scans to explain, over all folds: {n_scans}")
+    utils.say(f"scans to explain, over all folds: {n_scans}")
     rows = np.arange(args.batch) % len(cohort.scans)
     scans, labels = next(cohort.volumes(None, args.workers).batches(rows, args.batch, device))
     for method in args.method:
@@ -317,17 +317,20 @@ def dry_run(
             start = time.perf_counter()
             explain(args, method, model, scans, labels, "the first scans")
             seconds = (time.perf_counter() - start) / args.batch
-        print(
+        utils.say(
             f"{method}: {seconds:.3g} s a scan, {seconds * n_scans / 3600:.3g} h in all, peak "
             f"memory {utils.peak_gb(device):.3g} GB"
         )
     n_maps = (len(plan) + 1) * (5 if args.by_outcome else 1) + n_scans * args.save_subjects
     maps_gb = len(args.method) * n_maps * 4e-9 * np.prod(cohort.volume_shape)
-    print(*files.check_room({"maps": (maps_gb, args.outpath)}), sep="\n")
+    utils.say(*files.check_room({"maps": (maps_gb, args.outpath)}))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
+    import attribution  # captum imports matplotlib, before which utils is to come
+    from attribution.guided_gradcam import CAMS
+
     number = utils.number
     parser = utils.make_parser(
         __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
@@ -408,7 +411,7 @@ def main(args: argparse.Namespace) -> None:
             with run.finish() as is_complete:
                 if is_complete:
                     written |= dict.fromkeys(assemble(args, cohort, method, run))
-        print(*written, sep="\n")
+        utils.say(*written)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         {"arguments": settings, **facts, "regions": regions, "truth_threshold": TRUTH_THRESHOLD,
          "versions": utils.versions(), "severities": severities_of},
     )  # fmt: skip
-    print(outpath / "data.csv")
+    utils.say(outpath / "data.csv")
 
 
 if __name__ == "__main__":

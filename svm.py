@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
     written = write_maps(args, cohort, fold_maps)
     table = write_tables(args, cohort, fits, predictions)
     with run.finish():
-        print(table.to_string(index=False, float_format="%.3f"), *written, sep="\n")
+        utils.say(table.to_string(index=False, float_format="%.3f"), *written)
 
 
 if __name__ == "__main__":

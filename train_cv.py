@@ -160,12 +160,14 @@ def dry_run(
         needs["decoded scans"] = (volumes.gb, volumes.folder)
     n_train = max(int((splits[f"fold_{f}"] == "train").sum()) for f in range(args.fold))
     peak_gb, epoch_s = utils.peak_gb(device), step_s * n_train / args.batch
-    print(f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold")
-    print(f"a training step of {args.batch} scans: {step_s:.3g} s, peak memory {peak_gb:.3g} GB")
-    print(
+    utils.say(f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold")
+    utils.say(
+        f"a training step of {args.batch} scans: {step_s:.3g} s, peak memory {peak_gb:.3g} GB"
+    )
+    utils.say(
         f"training, an epoch: about {epoch_s:.3g} s; {args.fold} folds, {args.epochs} epochs each"
     )
-    print(*files.check_room(needs), sep="\n")
+    utils.say(*files.check_room(needs))
 
 
 def assemble(outpath: Path, cohort: dataset.Cohort, n_folds: int, seed: int) -> str:
@@ -261,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
     if utils.is_first():
         with run.finish() as is_complete:
             if is_complete:
-                print(assemble(args.outpath, cohort, args.fold, args.seed))
+                utils.say(assemble(args.outpath, cohort, args.fold, args.seed))
                 volumes.remove(is_own=args.cache_dir is None)
 
 

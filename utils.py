@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import platform
 import random
 import resource
+import sys
 import zlib
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn", "scipy")
 
 log = logging.getLogger("heatmaps")
+os.environ.pop("MPLBACKEND", None)  # a notebook's own backend stops matplotlib in a script
 
 
 class InputError(ValueError):
@@ -138,6 +141,8 @@ OF_COHORT = ("--path", "--columns", "--positive", "--negative", "--no-subjects")
 
 def make_parser(doc: str, *names: str) -> argparse.ArgumentParser:
     """Return a parser with some of the shared options."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # before -h, in whatever letters the system has
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     for name in names:
         parser.add_argument(name, **OPTIONS[name])
@@ -259,6 +264,14 @@ def log_above_bars() -> contextlib.AbstractContextManager:
     """Return a block in which log lines go above progress bars."""
     # where there are no bars, tqdm would print all that a rank's level holds back
     return logging_redirect_tqdm([log]) if is_first() else contextlib.nullcontext()
+
+
+def say(*lines: object) -> None:
+    """Print lines; where they cannot be written (… | head, a full disk), go on without."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def some_of(names: Iterable, n_shown: int = 3) -> str:

@@ -1,6 +1,7 @@
 """The one reader and the one writer of volumes: headers, damage, voxels, scaling to [0, 1]."""
 
 import functools
+import gzip
 import math
 import os
 import zlib
@@ -26,10 +27,22 @@ SAMPLED_VOXELS = 50_000
 MAX_FILLED = 0.1  # of the voxels, by one value
 MAX_DISPLACEMENT_VOX = 0.01  # of a volume's corners, in what counts as one space
 COMPRESSION = 1  # of ISA-L, 0 to 3: an order of magnitude faster than zlib's lowest
+GZIP = b"\x1f\x8b"
+SIGNATURES = {  # how files begin that are often found under a scan's name
+    b"version https://git-lfs": "it is a Git LFS pointer, and `git lfs pull` fetches the scan",
+    b"PK\x03\x04": "it is a zip archive, to be unpacked",
+    b"BZh": "it is bzip2-compressed: its name should end in .bz2",
+    b"<": "it is a web page or XML, such as a download that failed",
+    bytes(128) + b"DICM": "it is DICOM, to be converted, such as by dcm2niix",
+}
+MAX_QUATERNION_EXCESS = 1e-4  # of its squared length over 1: more is damage, not rounding
+for header_class in (nib.Nifti1Header, nib.Nifti2Header):  # and their kinds for pairs
+    header_class.quaternion_threshold = -MAX_QUATERNION_EXCESS
 UNKNOWN_ORIENTATION = (
     "states no orientation (sform and qform codes are 0, or its format has none): nibabel guesses, "
     "left and right may be swapped, and other programs may place it elsewhere"
 )
+QUATERNION_FIELDS = ("quatern_b", "quatern_c", "quatern_d")
 ORIENTATION_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
@@ -44,8 +57,40 @@ def _damage_named(path: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each of nibabel's formats has errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _disguise(Path(path)) or (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a readable image, or damaged: {reason}") from None
+
+
+def _disguise(path: Path) -> str:
+    """Return what a file holds that its name does not say, "" where nothing is known of it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(max(348, *map(len, SIGNATURES)))
+    except OSError:
+        return ""
+    is_packed = path.suffix.lower() in MAX_RATIOS
+    if head.startswith(b"BZh") and path.suffix.lower() == ".bz2":
+        return ""
+    if head.startswith(GZIP):
+        if not is_packed:
+            return "it is gzip-compressed: its name should end in .gz"
+        return "bytes after its gzip content are none of it" if _has_tail(path) else ""
+    if is_packed and head[344:347] in (b"n+1", b"ni1"):
+        return f"it is not compressed: its name should not end in {path.suffix}"
+    return next((what for start, what in SIGNATURES.items() if head.startswith(start)), "")
+
+
+def _has_tail(path: Path) -> bool:
+    """Tell whether a gzip file ends in bytes that are neither gzip nor 0."""
+    try:
+        with gzip.open(path, "rb") as stream:
+            while stream.read(CHUNK_BYTES):
+                pass
+    except gzip.BadGzipFile as error:
+        return str(error).startswith("Not a gzipped file")
+    except (OSError, EOFError, zlib.error):
+        return False
+    return False
 
 
 def open_image(path: str | Path) -> SpatialImage:
@@ -145,6 +190,8 @@ def _is_truncated(img: SpatialImage, path: str | Path) -> bool:
     with ImageOpener(path) as opened:  # several gzip members, bytes after the end, bzip2
         while n_held < n_bytes and (n_read := len(opened.read(CHUNK_BYTES))):
             n_held += n_read
+    if n_held >= n_bytes and suffix != ".bz2" and _has_tail(path):
+        raise OSError("")  # `_disguise` says what is wrong
     return n_held < n_bytes
 
 
@@ -255,6 +302,10 @@ def write_image(
     if isinstance(like_img.header, nib.Nifti1Header):
         for field in ORIENTATION_FIELDS:
             map_img.header[field] = like_img.header[field]
+        quaternion = [float(like_img.header[field]) for field in QUATERNION_FIELDS]
+        length = max(1.0, math.hypot(*quaternion))  # a rounding error over 1 is not handed on
+        for field, value in zip(QUATERNION_FIELDS, quaternion, strict=True):
+            map_img.header[field] = value / length
     else:
         map_img.header.set_xyzt_units("mm")
     content = map_img.to_bytes()

@@ -177,7 +177,10 @@ def read_sheet(path: Path, wanted: Wanted) -> Sheet:
         n_images = sum(any(map(is_image, cells)) for _, cells in rows[:N_ROWS_LOOKED_AT])
         return n_roles, n_images, sum(has_label(cells) for _, cells in rows)
 
-    rows = read_rows(path, score, lambda cells: is_image(cells[0]) or names_roles(cells))
+    def is_row(remark: list[str]) -> bool:
+        return files.find(remark[0], path.parent) is not None or names_roles(remark)
+
+    rows = read_rows(path, score, is_row)
     first = rows[0][1] if rows else []
     numbers = [str(number) for number in range(len(first))]  # pandas's heads of unnamed columns
     first_column = int(first == ["", *numbers[:-1]])  # after its index
@@ -189,7 +192,8 @@ def read_sheet(path: Path, wanted: Wanted) -> Sheet:
         raise InputError(f"{path} lists no scan")
     has_names = is_named and not is_numbered
     if has_names:
-        images = [column for column, text in enumerate(rows[0][1]) if is_image(text)]
+        below_heads = rows[0][1][: len(first)]
+        images = [column for column, text in enumerate(below_heads) if is_image(text)]
         column_of = _find_columns(first, wanted, images, path)
     elif wanted.columns or wanted.positive:
         option = "--columns" if wanted.columns else "--positive"

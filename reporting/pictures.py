@@ -93,9 +93,11 @@ def mosaic_cuts(background_img: nib.Nifti1Image) -> dict[str, np.ndarray]:
 def draw_map(stem: Path, mean_scan_path: Path, title: str) -> list[Path]:
     """Draw `stem`.nii.gz over the mean scan, as a .png and an offline .html; return their paths."""
     gc.freeze()  # nilearn collects garbage 14 times a picture, half of its time
-    map_img, scan_img = nib.load(stem.with_suffix(".nii.gz")), nib.load(mean_scan_path)
+    imgs = map(nib.load, (stem.with_suffix(".nii.gz"), mean_scan_path))
+    # without their headers: nilearn warns of one that has a qform only
+    map_img, scan_img = (nib.Nifti1Image(i.get_fdata(dtype=np.float32), i.affine) for i in imgs)
     in_head = scan_img.get_fdata() > 0  # GGC is not 0 outside it
-    map_img = nib.Nifti1Image(map_img.get_fdata(dtype=np.float32) * in_head, map_img.affine)
+    map_img = nib.Nifti1Image(map_img.get_fdata() * in_head, map_img.affine)
     limit = color_limit(map_img.get_fdata())
     shown = {"cmap": MAP_COLORS, "vmax": limit, "threshold": HIDDEN_FRACTION * limit}
     figure = Figure(figsize=(10, 5.6), facecolor="black")

@@ -187,6 +187,29 @@ def test_files_of_one_name_in_other_formats_are_several_scans():
     assert len(set.union(*keys)) == sum(map(len, keys))
 
 
+def store(folder: Path, name: str) -> None:
+    """Replace a file by a link to its content in a store, whose names say nothing."""
+    content = folder / "objects" / f"MD5-{name.replace('.', '-')}" / "content"
+    content.parent.mkdir(parents=True)
+    (folder / name).replace(content)
+    (folder / name).symlink_to(content)
+
+
+@pytest.mark.parametrize("names", [["x.nii.gz"], ["x.nii"], ["x.img", "x.hdr"], ["x.mgz"]])
+def test_links_into_a_store_are_read_by_their_own_names(folder, names):
+    data = make_volume(7, 1)
+    kind = {".img": nib.Nifti1Pair, ".mgz": nib.MGHImage}.get(Path(names[0]).suffix)
+    nib.save((kind or nib.Nifti1Image)(data, AFFINE), folder / names[0])
+    for name in names:
+        store(folder, name)
+    cohort = read_text(folder, f"scan00.nii.gz,0\n{names[0]},1\n")
+    assert cohort.scans[1] == str(folder / names[0])
+    np.testing.assert_array_equal(cohort.volumes(None, 0)[1], data / data.max())
+    (folder / f"again{Path(names[0]).suffix}").symlink_to((folder / names[0]).resolve())
+    with pytest.raises(InputError, match=r"row 2: .* is listed already, in row 1"):
+        read_text(folder, f"{names[0]},0\nagain{Path(names[0]).suffix},1\n")
+
+
 # The scans
 
 

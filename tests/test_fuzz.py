@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import dataset
 from loading import image
+from loading.table import Wanted
 from utils import InputError
 
 SHAPE = (5, 4, 3)
@@ -23,10 +24,10 @@ SLACK_BYTES = 2**21  # of memory that reading any cohort takes
 N_COPIES = 24  # of a volume, in bytes per byte: raw, float64 and float32, where voxels are int8
 
 
-def read(csv_path: Path) -> dataset.Cohort | None:
+def read(csv_path: Path, wanted: Wanted | None = None) -> dataset.Cohort | None:
     """Return the cohort, or None for an input error; anything else fails the test."""
     try:
-        return dataset.read_cohort(csv_path)
+        return dataset.read_cohort(csv_path, wanted)
     except InputError as error:
         assert len(str(error)) < 30_000
         return None
@@ -39,6 +40,11 @@ PATHS = [
     "~nobody", "~\0", "a.nii\0", "/", "/dev/null", "//", "a.nii/", "x" * 300, "../" * 400,
     "\ud7ff", "🧠", "a\nb", "=1+1", "-", "*", "%s", "path", '"', "'", "\\", ",", ";", "\t",
 ]  # fmt: skip
+HEADS = [
+    "path,label\n", "label;path;subject\n", "participant_id\tfilename\tdiagnosis\tage\n", "0,1\n",
+    ",0,1\n", "sep=;\n", "sep=|\n", "# a remark\n", "#path,label\n", "path,dx,dx\n", "dx,group\n",
+]  # fmt: skip
+WANTED = [None, Wanted(positive=("AD",)), Wanted((("scan", "path"),), ("1",), ("0", "AD"), True)]
 CELLS = ["0", "1", "0.0", "1.0", "2", "-1", "nan", "1e400", "AD", "", " 1 ", "NULL", "٠", "s 1"]
 SEPARATORS = [",", ",", ",", ";", "\t", " ", ""]
 LINE_ENDS = ["\n", "\n", "\r\n", "\r", "", "\n\n", "\x0b", "\u2028"]
@@ -64,7 +70,8 @@ def rows() -> st.SearchStrategy[str]:
 
 def csv_contents() -> st.SearchStrategy[bytes]:
     """Return a strategy of what a file called data.csv can hold."""
-    texts = st.lists(rows(), max_size=6).map("".join)
+    head = st.sampled_from(HEADS) | st.lists(st.sampled_from(HEADS), max_size=3).map("".join)
+    texts = st.builds(str.__add__, st.just("") | head, st.lists(rows(), max_size=6).map("".join))
     encoded = st.builds(lambda t, codec: t.encode(codec), texts, st.sampled_from(CODECS))
     cut = st.builds(lambda content, n: content[n:], encoded, st.integers(0, 3))
     return encoded | encoded | cut | st.binary(max_size=40)
@@ -86,10 +93,10 @@ def test_any_csv(cohort_path, n_examples):
     outcomes = []
 
     @settings(REPEATABLE, max_examples=n_examples)
-    @given(csv_contents())
-    def check(content: bytes) -> None:
+    @given(csv_contents(), st.sampled_from(WANTED))
+    def check(content: bytes, wanted: Wanted | None) -> None:
         (cohort_path / "data.csv").write_bytes(content)
-        cohort = read(cohort_path / "data.csv")
+        cohort = read(cohort_path / "data.csv", wanted)
         outcomes.append(cohort is not None)
         if cohort is not None:
             assert set(cohort.table["label"]) <= {0, 1}

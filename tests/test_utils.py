@@ -1,13 +1,18 @@
 """What every script shares: numbers, the device, seeds, the log, the escaping of text."""
 
 import argparse
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import utils
+from run_folder import files
 from utils import InputError
 
 
@@ -24,7 +29,7 @@ def test_number():
 def test_help_shows_defaults_but_not_of_flags():
     parser = utils.make_parser("What it does.", "--path", "--seed", "--overwrite", "--device")
     shown = " ".join(parser.format_help().split())
-    assert "seed of all random draws (default: 0)" in shown and "subject (required)" in shown
+    assert "seed of all random draws (default: 0)" in shown and "header row (required)" in shown
     assert "None" not in shown and "False" not in shown
 
 
@@ -82,3 +87,30 @@ def test_logs_carry_no_control_characters(tmp_path, capsys, monkeypatch):
     for text in (capsys.readouterr().err, (tmp_path / "x.log").read_text()):
         assert r"both labels: ä\x1b[2J\udcff\u202e" in text
     assert utils.printable("two\nlines\t\r") == "two\nlines\\t\\r"
+
+
+# Surroundings: a notebook's, a terminal without letters, a reader who leaves
+
+
+ROOT = Path(utils.__file__).parent
+ODD = {"MPLBACKEND": "module://a_notebook.backend", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+
+
+@pytest.mark.parametrize("script", ["train_cv", "heatmap", "svm", "compare", "simulate"])
+def test_help_in_odd_surroundings(script):
+    command = [sys.executable, str(ROOT / f"{script}.py"), "-h"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ODD, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii() and ("\\u03b2-rule" in done.stdout or script != "heatmap")
+
+
+@pytest.mark.parametrize("reader", ["head -c 1", "true", "(exec <&-)"])
+def test_a_run_whose_output_nobody_reads_ends_well(cohort_csv, tmp_path, reader):
+    """In a folder whose name a terminal of ASCII cannot show, with a notebook's backend."""
+    outpath = tmp_path / "Jürgen 脑"
+    arguments = f"--path '{cohort_csv}' --outpath '{outpath}' --fold 2"
+    script = f"'{sys.executable}' '{ROOT / 'svm.py'}' {arguments}"
+    command = ["bash", "-c", f"{script} | {reader}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ODD, timeout=99)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert files.read_json(outpath / "run.json")["end"] is not None

@@ -166,6 +166,18 @@ def test_table_of_regions_is_read_by_its_heads(tmp_path, separator, head):
 
 
 @pytest.mark.parametrize(
+    "table",
+    [
+        "sep=;\r\nindex;name\r\n1;left, front\r\n2;right\r\n",
+        "\ufeff# an atlas\nindex\tname\tcolour\n1\tleft, front\tred\n2\tright\tblue\n",
+        '#id,name\n1,"left, front"\n\n# 3,gone\n2,right\n',
+    ],
+)
+def test_table_of_regions_is_read_as_the_cohort_is(tmp_path, table):
+    assert atlas_of(tmp_path, [1, 2], "uint8", table)[1] == {1: "left, front", 2: "right"}
+
+
+@pytest.mark.parametrize(
     ("table", "message"),
     [
         ("1,left\n2,right\n", "must have a header"),

@@ -342,3 +342,55 @@ def test_describe_volume():
     assert image.describe_volume(hot, 0)["top"] < 0.2
     volume[:20] = 0.25
     assert image.describe_volume(volume, 0)["filling"] == 0.25
+
+
+BYTES = nib.Nifti1Image(make_volume(1, 1), AFFINE).to_bytes()
+DISGUISES = {
+    "gzip-inside": ("x.nii", gzip.compress(BYTES), "is gzip-compressed: its name should end in"),
+    "not-gzip": ("x.nii.gz", BYTES, "is not compressed: its name should not end in .gz"),
+    "bzip2-inside": ("x.nii.gz", bz2.compress(BYTES), "is bzip2-compressed"),
+    "a-tail": ("x.nii.gz", gzip.compress(BYTES) + b"tail" * 9, "after its gzip content are none"),
+    "a-tail-after-zeros": ("x.nii.gz", gzip.compress(BYTES) + bytes(9) + b"tail", "are none of it"),
+    "a-tail-of-a-small-file": ("x.nii.gz", gzip.compress(BYTES[:400]) + b"tail", "are none of it"),
+    "a-pointer": ("x.nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+    "a-web-page": ("x.nii.gz", b"<!DOCTYPE html><html>", "a web page"),
+    "a-zip": ("x.nii", b"PK\x03\x04" + bytes(400), "a zip archive"),
+    "dicom": ("x.nii", bytes(128) + b"DICM" + bytes(400), "is DICOM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DISGUISES.values(), ids=DISGUISES)
+def test_what_a_file_is_in_truth_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        image.open_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("sform_code", [0, 4])
+def test_a_quaternion_a_rounding_error_too_long(tmp_path, kind, sform_code):
+    """As in scans of MICCAI 2012; in a map it is of length 1."""
+    img = kind(make_volume(1, 1), np.diag([-2.0, 2.5, -1.5, 1]))
+    img.set_qform(img.affine, 1)
+    img.header["sform_code"], img.header["quatern_c"] = sform_code, 1.0000012**0.5
+    img.header["vox_offset"] = 352 if kind is nib.Nifti1Image else 544
+    with (tmp_path / "x.nii").open("wb") as file:
+        img.header.write_to(file)
+        file.write(bytes(int(img.header["vox_offset"]) - file.tell()))
+        file.write(np.asarray(img.dataobj).tobytes(order="F"))
+    found = image.open_scan(tmp_path / "x.nii")
+    np.testing.assert_allclose(found.affine, img.affine, atol=1e-5)
+    image.write_image(tmp_path / "map.nii.gz", make_volume(2, 0), found)
+    header = nib.load(tmp_path / "map.nii.gz").header
+    assert sum(float(header[field]) ** 2 for field in image.QUATERNION_FIELDS) <= 1 + 2e-7
+    np.testing.assert_allclose(header.get_qform(), img.affine, atol=1e-5)
+
+
+def test_a_quaternion_much_too_long_is_damage(tmp_path):
+    img = nib.Nifti1Image(make_volume(1, 1), AFFINE)
+    img.header["qform_code"], img.header["sform_code"], img.header["quatern_c"] = 1, 0, 1.5
+    content = bytearray(BYTES)
+    content[:348] = img.header.binaryblock
+    (tmp_path / "x.nii").write_bytes(bytes(content))
+    with pytest.raises(InputError, match="is not a readable image, or damaged"):
+        image.open_scan(tmp_path / "x.nii")

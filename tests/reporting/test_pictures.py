@@ -31,3 +31,15 @@ def test_map_of_zeros_is_drawn(tmp_path):
     save_scan(tmp_path / "scan.nii.gz", make_volume(0, 0))
     png_path, html_path = pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title")
     assert png_path.read_bytes().startswith(PNG_SIGNATURE) and "a title" in html_path.read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_with_a_qform_only_is_drawn_without_nilearns_warning(tmp_path):
+    """Which the user could do nothing about; here with oblique axes, as scanners write them."""
+    affine = np.array([[2, 0.2, 0, -9], [-0.2, 2, 0, -9], [0, 0, 2, -9], [0, 0, 0, 1.0]])
+    for name in ("m.nii.gz", "scan.nii.gz"):
+        img = nib.Nifti1Image(np.random.default_rng(0).random((9, 10, 11), np.float32), affine)
+        img.set_qform(affine, 1)
+        img.set_sform(None, 0)
+        nib.save(img, tmp_path / name)
+    pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title")

@@ -139,6 +139,56 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path, monkeypatch,
     assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
 
 
+def with_prefix(prefix: str):
+    """Return what puts a prefix before each key."""
+    return lambda weights: {prefix + key: value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        with_prefix("module."),
+        with_prefix("_orig_mod."),
+        with_prefix("module._orig_mod."),
+        with_prefix("_orig_mod.module."),
+        with_prefix("model."),
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": with_prefix("module.")(weights)},
+        lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {}},
+        lambda weights: {"n_averaged": torch.tensor(3), **with_prefix("module.")(weights)},
+    ],
+)
+def test_weights_of_wrapped_networks_are_taken(tmp_path, wrap):
+    model, _ = make_network()
+    torch.save(wrap(model.state_dict()), tmp_path / "w.pth")
+    other, _ = make_network()
+    train(other, torch.optim.SGD(other.parameters(), lr=1), 1)
+    checkpoints.load_weights(tmp_path / "w.pth", other)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: {"best": np.float64(0.9), **w}, "it holds more than tensors"),
+        (lambda w: make_network()[0], "save model.state_dict() alone"),
+        (lambda w: {**w, "bias_2": w["0.weight"]}, "has besides bias_2"),
+        (lambda w: {k: v for k, v in w.items() if k != "0.weight"}, "misses 0.weight"),
+        (lambda w: {k: torch.zeros(7) for k in w}, "0.weight has shape (7,), the model's"),
+        (lambda w: {}, "it holds no state dict but a dict"),
+        (lambda w: [w], "it holds no state dict but a list"),
+    ],
+)
+def test_what_differs_is_said_in_one_sentence(tmp_path, change, reason):
+    model, _ = make_network()
+    torch.save(change(model.state_dict()), tmp_path / "w.pth")
+    with pytest.raises(InputError) as caught:
+        checkpoints.load_weights(tmp_path / "w.pth", model)
+    message = str(caught.value)
+    assert reason in message and message.count("w.pth") == 1
+    assert "\n" not in message and "\x1b" not in message and "weights_only" not in message
+
+
 # The end of a fold
 
 

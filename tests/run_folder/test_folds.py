@@ -188,3 +188,60 @@ def test_folds_asked_for():
         folds.asked_for(3, 3, overwrite=False)
     with pytest.raises(InputError, match=r"--overwrite .* does not go with --only-fold"):
         folds.asked_for(3, 0, overwrite=True)
+
+
+# Scans that have moved, or are spelled otherwise
+
+
+def save_splits(folder: Path, paths: list[str], csv_folder: str | None = None) -> Path:
+    """Write the splits.csv of a run on these scans, labels 0 and 1 in turn."""
+    table = pd.DataFrame({"path": paths, "label": [i % 2 for i in range(len(paths))]})
+    files.write_csv(folder / "splits.csv", folds.draw(table, 2, 0.4, 0))
+    if csv_folder:
+        files.write_json(folder / "run.json", {"csv_folder": csv_folder})
+    return folder / "splits.csv"
+
+
+NAMES = [f"sub-{i}/anat/T1w.nii" for i in range(8)]
+MOVES = {
+    "another-disk": ("/data/adni/{}", "/scratch/me/adni/{}", "/scratch/me/adni/{}"),
+    "relative-then": ("{}", "/scratch/{}", "/scratch/{}"),
+    "relative-now": ("/data/{}", "scans/{}", "/home/me/scans/{}"),
+    "with-a-dot": ("./{}", "{}", "/home/me/{}"),
+    "windows-none": ("/data//{}", "/data/{}", "/data/{}"),
+}
+
+
+@pytest.mark.parametrize(("then", "now", "file"), MOVES.values(), ids=MOVES)
+def test_moved_scans_are_known_by_their_names(tmp_path, caplog, then, now, file):
+    caplog.set_level("INFO", "heatmaps")
+    path = save_splits(tmp_path, [then.format(name) for name in NAMES])
+    order = [3, 1, 0, 2, 7, 6, 5, 4]
+    table = pd.DataFrame(
+        {"path": [now.format(NAMES[i]) for i in order], "label": [i % 2 for i in order]}
+    )
+    found = folds.read(path, table, [file.format(NAMES[i]) for i in order])
+    assert found["path"].tolist() == [then.format(NAMES[i]) for i in order]
+    assert caplog.text.count("have moved") == 1
+    table.loc[2, "label"] = 1
+    with pytest.raises(InputError, match="has another label in"):
+        folds.read(path, table, [file.format(NAMES[i]) for i in order])
+    other = [file.format(NAMES[i].replace("sub-3", "sub-9")) for i in order]
+    with pytest.raises(InputError, match=r"are not those of .*, wherever they were moved"):
+        folds.read(path, table, other)
+
+
+def test_the_same_files_are_the_same_however_spelled(tmp_path, caplog):
+    """In part relative, with a link, from the folder where the CSV was; nothing is said of it."""
+    caplog.set_level("INFO", "heatmaps")
+    files_there = [tmp_path / "scans" / name for name in NAMES]
+    for file in files_there:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (tmp_path / "link").symlink_to("scans")
+    spelled = [str(files_there[0]), f"scans/{NAMES[1]}", f"./link/{NAMES[2]}",
+               f"scans/../scans/{NAMES[3]}", *(f"scans/{name}" for name in NAMES[4:])]  # fmt: skip
+    path = save_splits(tmp_path, spelled, str(tmp_path))
+    table = pd.DataFrame({"path": [str(file) for file in files_there], "label": [0, 1] * 4})
+    assert read(path, table)["path"].tolist() == spelled
+    assert "moved" not in caplog.text
