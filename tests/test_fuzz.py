@@ -44,7 +44,13 @@ HEADS = [
     "path,label\n", "label;path;subject\n", "participant_id\tfilename\tdiagnosis\tage\n", "0,1\n",
     ",0,1\n", "sep=;\n", "sep=|\n", "# a remark\n", "#path,label\n", "path,dx,dx\n", "dx,group\n",
 ]  # fmt: skip
-WANTED = [None, Wanted(positive=("AD",)), Wanted((("scan", "path"),), ("1",), ("0", "AD"), True)]
+WANTED = [
+    None,
+    None,
+    None,
+    Wanted(positive=("AD",)),
+    Wanted((("scan", "path"),), ("1",), ("0", "AD"), True),
+]
 CELLS = ["0", "1", "0.0", "1.0", "2", "-1", "nan", "1e400", "AD", "", " 1 ", "NULL", "٠", "s 1"]
 SEPARATORS = [",", ",", ",", ";", "\t", " ", ""]
 LINE_ENDS = ["\n", "\n", "\r\n", "\r", "", "\n\n", "\x0b", "\u2028"]
@@ -72,6 +78,11 @@ def csv_contents() -> st.SearchStrategy[bytes]:
     """Return a strategy of what a file called data.csv can hold."""
     head = st.sampled_from(HEADS) | st.lists(st.sampled_from(HEADS), max_size=3).map("".join)
     texts = st.builds(str.__add__, st.just("") | head, st.lists(rows(), max_size=6).map("".join))
+    words = st.sampled_from(["0", "1"]) | st.sampled_from(["AD", "CN", "MCI", ""])
+    named = st.tuples(st.sampled_from(["s1", "s2"]), st.sampled_from(PATHS[:4]), words)
+    lines = st.lists(named, min_size=1, max_size=3, unique_by=lambda row: row[1][-5:])
+    table = lines.map(lambda rows: "sub,file,dx\n" + "\n".join(map(",".join, rows)))
+    texts = texts | table | table
     encoded = st.builds(lambda t, codec: t.encode(codec), texts, st.sampled_from(CODECS))
     cut = st.builds(lambda content, n: content[n:], encoded, st.integers(0, 3))
     return encoded | encoded | cut | st.binary(max_size=40)
