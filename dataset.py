@@ -206,10 +206,12 @@ def row_of(found: list[str]) -> int:
 
 def summary(sheet: table.Sheet, scans_table: pd.DataFrame, subject: str) -> str:
     """Return in one line what was taken from the CSV, and what was not."""
-    n_of_word = scans_table.groupby(["label", "word"]).size()
+    words = scans_table["word"]
+    spelled = words.str.casefold().mask(words.str.fullmatch(table.LABEL), "")  # AD is ad
+    groups = words.groupby([scans_table["label"], spelled]).agg(["first", "size"])
     taken = [
-        f"{n} of label {label}" if table.LABEL.fullmatch(word) else f"{word} {n} → {label}"
-        for (label, word), n in n_of_word[::-1].items()
+        f"{word} {n} → {label}" if meaning else f"{n} of label {label}"
+        for (label, meaning), word, n in groups[::-1].itertuples()
     ]
     parts = [f"{len(scans_table)} scans: {', '.join(taken)}"]
     if len(scans_table) < len(sheet.rows):

@@ -112,7 +112,7 @@ def test_one_line_says_what_was_taken(folder, caplog):
     caplog.set_level(logging.INFO, "heatmaps")
     read(folder, BIDS, PATIENTS)
     assert caplog.messages[-1] == (
-        "3 scans: ad 1 → 1, AD 1 → 1, CN 1 → 0; left out: MCI 1, n/a 1; "
+        "3 scans: AD 2 → 1, CN 1 → 0; left out: MCI 1, n/a 1; "
         "subject = participant_id, 2; session_id, age, sex not used"
     )
     read(folder, "path,label,age\nscan00.nii.gz,1,70\nscan01.nii.gz,0,70\n")
