@@ -13,14 +13,14 @@ DEMO := demo
 # A cohort, five trained folds, LRP, IG and GGC maps, the SVM, and how well all of them find the
 # planted atrophy.
 demo: .venv/ready
-	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 160 --voxel 5
+	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 240 --voxel 6
 	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
-		--model modelT8 --lr 5e-4 --epochs 50 --patience 15 --device cpu
+		--model modelT16 --lr 5e-4 --epochs 30 --patience 15 --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT8 --method LRP IG GGC --target 1 --steps 20 \
+		--model modelT16 --method LRP IG GGC --target 1 --steps 20 \
 		--outpath $(DEMO)/maps --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT8 --method GGC --target 1 --randomize \
+		--model modelT16 --method GGC --target 1 --randomize \
 		--outpath $(DEMO)/maps --device cpu
 	$(BIN)/python svm.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
 		--outpath $(DEMO)/svm

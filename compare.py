@@ -12,8 +12,13 @@ class alike, pos only evidence for it, raw ranks evidence against it below none.
 voxel that matters (weights) or changes (pattern), pos only where patients are brighter, raw ranks
 darker voxels lowest; atrophy makes patients darker, so abs is the one to use.
 
-Written to --outpath: comparison.csv, dice_curves.png, report.html, compare.log and, with --atlas,
-regions.csv.
+    python3 compare.py --run ./modelA24/ ./modelB32/ ./svm/ --outpath ./chosen/
+
+Runs are sorted by their validation loss, which is what a model is chosen by; for two runs of the
+same scans the difference of their ROC AUCs has a bootstrap interval.
+
+Written to --outpath: comparison.csv, dice_curves.png, report.html, compare.log; with --atlas,
+regions.csv; with --run, runs.csv and run_differences.csv.
 """
 
 import argparse
@@ -28,7 +33,9 @@ from nilearn import image
 
 import utils
 from comparing import overlap, page
+from comparing.runs import Run, differences, load_runs, runs_table
 from comparing.space import Map, Space, load_atlas, load_maps, load_space
+from reporting import metrics
 from run_folder import files
 from run_folder.processes import run_script
 from utils import log
@@ -80,12 +87,12 @@ def measure(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = utils.make_parser(__doc__, "--outpath", "--seed")
+    parser = utils.make_parser(__doc__, "comparison", "--outpath", "--seed")
     option = parser.add_argument
     # fmt: off
-    option("--maps", type=Path, nargs="+", required=True, metavar="FILE",
+    option("--maps", type=Path, nargs="+", default=[], metavar="FILE",
            help="maps on one grid, such as LRP_map_all.nii.gz")
-    option("--reference", type=Path, required=True, metavar="FILE",
+    option("--reference", type=Path, default=None, metavar="FILE",
            help="the reference map; resampled to the maps' grid if it is on another")
     option("--mask", type=Path, default=None, metavar="FILE",
            help="analysis mask; left out: where at least half of the explained scans are not 0")
@@ -98,27 +105,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--atlas-labels", type=Path, default=None, metavar="CSV",
            help="number and name of each region of --atlas, with a header row")
     option("--run", type=Path, nargs="+", default=[], metavar="DIR",
-           help="folders of train_cv.py or svm.py whose metrics and curves the page shows")
+           help="folders of train_cv.py or svm.py to compare; the page shows their metrics and "
+           "curves. Without --maps only the runs are compared")
     # fmt: on
     args = parser.parse_args(argv)
     if (args.atlas is None) != (args.atlas_labels is None):
         parser.error("--atlas and --atlas-labels go together")
+    if bool(args.maps) != bool(args.reference) or not (args.maps or args.run):
+        parser.error("--maps and --reference go together; without them --run is needed")
     args.command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Compare every map with the reference and draw the page."""
+    """Compare the runs, then every map with the reference, and draw the page."""
     utils.start_log()
-    maps = load_maps(args.maps)
-    space = load_space(maps, args.reference, args.reference_threshold, args.mask)
-    atlas = load_atlas(args.atlas, args.atlas_labels, space) if args.atlas else None
-    runs = [page.load_run(path) for path in args.run]
-    page.completeness_errors(maps)  # a damaged sidecar is refused before anything is written
+    runs, space = load_runs(args.run), None
+    if args.maps:
+        maps = load_maps(args.maps)
+        space = load_space(maps, args.reference, args.reference_threshold, args.mask)
+        atlas = load_atlas(args.atlas, args.atlas_labels, space) if args.atlas else None
+        page.completeness_errors(maps)  # a damaged sidecar is refused before anything is written
     files.make_outpath(args.outpath)
     utils.start_log(args.outpath / "compare.log")
-    log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
+    if runs:
+        compare_runs(args, runs)
+    if space is not None:
+        compare_maps(args, maps, space, atlas, runs)
 
+
+def compare_runs(args: argparse.Namespace, runs: list[Run]) -> None:
+    """Write and say how the runs compare."""
+    table, pairs = runs_table(runs), differences(runs, args.seed)
+    files.write_csv(args.outpath / "runs.csv", table)
+    files.write_csv(args.outpath / "run_differences.csv", pairs)
+    utils.conclude(metrics.as_text(table))
+    if len(runs) > 1:
+        utils.conclude(
+            "sorted by validation loss: choose a model by it, never by the columns test_…"
+        )
+    if len(pairs):
+        heads = "differences of ROC AUC, with bootstrap intervals by subject:"
+        utils.conclude(heads, metrics.as_text(pairs))
+
+
+def compare_maps(
+    args: argparse.Namespace, maps: dict[str, Map], space: Space, atlas: tuple | None,
+    runs: list[Run],
+) -> None:  # fmt: skip
+    """Measure every map against the reference, write the tables and draw the page."""
+    log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
     rows, curves, regions = [], {}, []
     with utils.log_above_bars():
         for name, each in utils.progress(maps.items(), "maps"):
@@ -146,8 +182,8 @@ def main(args: argparse.Namespace) -> None:
     }
     page_path = args.outpath / "report.html"
     page.write_page(page_path, facts, table, region_table, runs, maps, space)
-    utils.say(table[list(SHOWN)].to_string(index=False, float_format="%.3f"))
-    utils.say(args.outpath / "comparison.csv", page_path)
+    verdicts = page.verdicts(runs, maps)
+    utils.conclude(metrics.as_text(table[list(SHOWN)]), *verdicts, f"open {page_path}")
 
 
 if __name__ == "__main__":

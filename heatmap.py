@@ -25,12 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import dataset
 import models
 import utils
 from loading import image
-from reporting import maps, pictures
+from reporting import maps, metrics, pictures
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
 from run_folder import checkpoints, files, folds, trained_run
 from run_folder.processes import from_first, run_script
@@ -162,7 +163,7 @@ def explain(
 @torch.no_grad()
 def explain_fold(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, methods: list[str],
-    model: nn.Module, device: torch.device,
+    model: nn.Module, device: torch.device, bar: tqdm,
 ) -> tuple[list[FoldMaps], dict[str, RunningMean]]:  # fmt: skip
     """Explain a fold's scans, shared among the job's processes.
 
@@ -181,8 +182,7 @@ def explain_fold(
     mine = np.arange(len(fold.rows))[utils.rank() :: utils.world_size()]
     chunks = [mine[start : start + args.batch] for start in range(0, len(mine), args.batch)]
     batches = cohort.volumes(None, args.workers).batches(fold.rows[mine], args.batch, device)
-    bar = utils.progress(chunks, f"fold {fold.number}", leave=False)
-    for chunk, (volumes, labels) in zip(bar, batches, strict=True):
+    for chunk, (volumes, labels) in zip(chunks, batches, strict=True):
         logits = model(volumes)
         targets = {"label": labels, "predicted": logits.argmax(1)}.get(args.target)
         if targets is None:
@@ -204,6 +204,7 @@ def explain_fold(
                 maps_data = explain(args, each.method, model, volumes, targets, place)
             for scan, map_data in zip(scans, maps_data, strict=True):
                 each.add(scan, map_data, zero_logits)
+        bar.update(len(chunk))
     for each in found:
         each.gather()
     for mean in of_scans.values():
@@ -213,7 +214,7 @@ def explain_fold(
 
 def work_on_fold(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, runs: dict[str, RunFolder],
-    model: nn.Module, device: torch.device,
+    model: nn.Module, device: torch.device, bar: tqdm,
 ) -> None:  # fmt: skip
     """Explain a fold by the methods that have not yet done so, and write its files."""
     with contextlib.ExitStack() as held:
@@ -231,7 +232,7 @@ def work_on_fold(
             draw_weights(args, cohort, fold, model, device)
         else:
             set_weights(model, fold, record["modelpath_sha256"][fold.checkpoint_path.name])
-        found, of_scans = explain_fold(args, cohort, fold, methods, model, device)
+        found, of_scans = explain_fold(args, cohort, fold, methods, model, device, bar)
         if utils.is_first():
             with locked(args.outpath, "mean_scan", wait=True):
                 for name, mean in of_scans.items():
@@ -242,14 +243,16 @@ def work_on_fold(
 
 
 def assemble(
-    args: argparse.Namespace, cohort: dataset.Cohort, method: str, run: RunFolder
-) -> list[Path]:
+    args: argparse.Namespace, cohort: dataset.Cohort, method: str, run: RunFolder,
+    verdict: metrics.Verdict | None,
+) -> list[Path]:  # fmt: skip
     """Write what a method found over all folds; return the files."""
     stem, n_folds = stem_of(args, method), run.record["n_folds"]
     with locked(args.outpath, "mean_scan", wait=True):
         table, shares, written = maps.assemble(
             args.outpath, stem, n_folds, cohort.like_img, args.by_outcome, args.mean == "equal"
         )
+    verdict = None if args.randomize else verdict  # it is about trained networks
     median = float(table["completeness_error"].median())
     error = None if np.isnan(median) else median
     parts = set(table["part"].fillna(""))
@@ -277,6 +280,8 @@ def assemble(
         "background": maps.MEAN_SCAN,
         "orientation": image.orientation_of(cohort.like_img),
         "median_completeness_error": error,
+        "verdict": verdict.sentence if verdict else None,
+        "verdict_short": verdict.short if verdict else None,
         "checkpoints_sha256": checkpoints_sha256,
         "versions": utils.versions(),
     }
@@ -284,6 +289,7 @@ def assemble(
     files.write_json(map_stem.with_suffix(".json"), sidecar)
     title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
     title += ", not all scans held out" * bool(parts & {"train", "val"})
+    title += f" · {verdict.short}" if verdict else ""
     drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
     return [*written, map_stem.with_suffix(".json"), *drawn]
 
@@ -318,8 +324,8 @@ def dry_run(
             explain(args, method, model, scans, labels, "the first scans")
             seconds = (time.perf_counter() - start) / args.batch
         utils.say(
-            f"{method}: {seconds:.3g} s a scan, {seconds * n_scans / 3600:.3g} h in all, peak "
-            f"memory {utils.peak_gb(device):.3g} GB"
+            f"{method}: {utils.duration(seconds)} a scan, {utils.duration(seconds * n_scans)} in "
+            f"all, peak memory {utils.peak_gb(device):.3g} GB"
         )
     n_maps = (len(plan) + 1) * (5 if args.by_outcome else 1) + n_scans * args.save_subjects
     maps_gb = len(args.method) * n_maps * 4e-9 * np.prod(cohort.volume_shape)
@@ -333,19 +339,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     number = utils.number
     parser = utils.make_parser(
-        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
+        __doc__, "explanation", *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
         "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
     # fmt: off
     option("--modelpath", type=Path, required=True, metavar="DIR",
            help="the --outpath of train_cv.py")
-    option("--model", required=True, metavar="NAME", help=f"one of: {', '.join(models.MODELS)}")
+    option("--model", required=True, metavar="NAME", help=models.FAMILIES_TEXT)
     option("--method", required=True, nargs="+", choices=list(attribution.METHODS),
            help="one or more")
     option("--fold", type=number(int, at_least=1), default=None,
            help=f"folds of the run; left out: as its run.json says, or {folds.N_FOLDS}")
-    option("--batch", type=number(int, at_least=1), default=1,
+    option("--batch", type=number(int, at_least=1), default=1, group="compute",
            help="volumes, or IG steps, per pass")
     option("--steps", type=number(int, at_least=2), default=attribution.N_STEPS,
            help="IG: steps of the path")
@@ -401,17 +407,30 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log(args.outpath / "heatmap.log", args.only_fold)
     device_text = utils.describe_device(device)
     log.info("%s of folds %s on %s", " ".join(args.method), wanted, device_text)
+    verdict = metrics.read_verdict(args.modelpath)
+    finding = verdict.sentence if verdict else f"{args.modelpath} has no metrics.csv to judge it by"
+    say = log.warning if verdict and verdict.is_doubtful else log.info
+    say("the networks: %s", finding)
 
     with utils.log_above_bars():
-        for fold in utils.progress(wanted, "folds"):
-            work_on_fold(args, cohort, plan[fold], runs, model, device)
+        n_scans = sum(len(plan[fold].rows) for fold in wanted) // utils.world_size()
+        bar = utils.progress(total=n_scans, description="explained", unit="scan")
+        for fold in wanted:
+            work_on_fold(args, cohort, plan[fold], runs, model, device, bar)
+        bar.close()
     if utils.is_first():
         written = {}
         for method, run in runs.items():
             with run.finish() as is_complete:
                 if is_complete:
-                    written |= dict.fromkeys(assemble(args, cohort, method, run))
-        utils.say(*written)
+                    written |= dict.fromkeys(assemble(args, cohort, method, run, verdict))
+        if written:
+            mean_maps = [path for path in written if path.name.endswith("_map_all.nii.gz")]
+            following = utils.command(
+                "compare.py", args, maps=mean_maps, reference="REFERENCE.nii.gz",
+                run=args.modelpath, outpath=args.outpath / "comparison",
+            )  # fmt: skip
+            utils.conclude(*written, f"the networks: {finding}", f"next: {following}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ MODELS = {
     for width in widths
 }
 
+FAMILIES_TEXT = (
+    f"model, a family ({', '.join(f for f in FAMILIES if f != 'T')}) and a width "
+    f"({', '.join(map(str, PUBLISHED_WIDTHS))}): modelA24 … modelD52; for low resolution "
+    f"{' and '.join(f'modelT{width}' for width in DEMO_WIDTHS)}"
+)
+
 
 class CNN3D(nn.Module):
     """Convolutional blocks (`features`) followed by two linear layers (`classifier`).

@@ -183,7 +183,7 @@ def write_truth(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = utils.make_parser(__doc__, "--outpath", "--seed")
+    parser = utils.make_parser(__doc__, "simulation", "--outpath", "--seed")
     option = parser.add_argument
     # fmt: off
     option("--n", type=number(int, at_least=2), default=120, help="scans, half of them patients")

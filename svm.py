@@ -136,7 +136,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--workers", "--cache-dir", "--overwrite"
+        __doc__,
+        "support vector machine",
+        *utils.OF_COHORT,
+        "--outpath",
+        "--seed",
+        "--workers",
+        "--cache-dir",
+        "--overwrite",
     )
     option = parser.add_argument
     # fmt: off
@@ -183,8 +190,14 @@ def main(args: argparse.Namespace) -> None:
         image.write_image(args.outpath / name, data, cohort.like_img)
     written = write_maps(args, cohort, fold_maps)
     table = write_tables(args, cohort, fits, predictions)
+    mean_maps = [path for path in written if path.name.endswith(".nii.gz")]
+    following = utils.command(
+        "compare.py", args, maps=mean_maps, reference="REFERENCE.nii.gz", run=args.outpath,
+        outpath=args.outpath / "comparison",
+    )  # fmt: skip
     with run.finish():
-        utils.say(table.to_string(index=False, float_format="%.3f"), *written)
+        finding = metrics.verdict(table).sentence
+        utils.conclude(metrics.as_text(table), *written, finding, f"next: {following}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 import dataset
 import models
@@ -31,7 +32,7 @@ from reporting import metrics, pictures
 from run_folder import checkpoints, files, folds, trained_run
 from run_folder.processes import from_first, run_script, wait_for_all
 from run_folder.run import RunFolder, locked, new_record
-from utils import InputError, RunError, log
+from utils import InputError, log
 
 # Wang et al., NeuroImage 269:119929, 2023
 BATCH = trained_run.BATCH
@@ -42,23 +43,36 @@ PATIENCE = 10
 DELTA = 0.0
 
 MEMORY_FORMATS = {"cpu": torch.channels_last_3d, "cuda": torch.contiguous_format}  # CPU: faster
-EPOCH_LINE = "fold %d epoch %3d  train %.4f  valid %.4f  accuracy %.3f  %.1f s  %.2f GB%s"
+EPOCH_LINE = (
+    "%s: loss %.4f, validation loss %.4f, validation accuracy %.3f, validation ROC AUC %.3f; "
+    "%.1f s, %.2f GB; left in the fold %s if no epoch is better, %s at most%s"
+)
+NOT_LEARNED = (
+    "fold %d has not learned: the loss of its kept weights on the scans that it was trained on is "
+    "%.4f; knowing only how many are patients would give %.4f. What may help: a lower --lr, more "
+    "--patience, --restarts. Maps of this fold explain nothing"
+)
+REDRAW_SECONDS = 30.0
 N_REHEARSED = 2  # steps of a dry run; the first sets things up and does not count
 COMPARED = (
-    "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "val_fraction", "seed",
-    "precision", "csv_sha256", "scan_sizes_sha256",
+    "model", "batch", "fold", "lr", "wd", "epochs", "patience", "delta", "restarts",
+    "val_fraction", "seed", "precision", "csv_sha256", "scan_sizes_sha256",
 )  # fmt: skip
 RESULTS = (
     "predictions_f*.csv", "predictions.csv", "checkpoint_f*.pt", "state_dict_f*.pth",
-    "history_f*.csv", "train_loss_f*.npy", "valid_loss_f*.npy", "metrics.csv", "loss_curves.png",
-    "roc.png", "splits.csv", "scans.csv",
+    "history_f*.csv", "training_f*.csv", "train_loss_f*.npy", "valid_loss_f*.npy", "metrics.csv",
+    "loss_curves.png", "roc.png", "splits.csv", "scans.csv",
 )  # fmt: skip
 
 
 def make_network(
-    args: argparse.Namespace, shape: tuple, device: torch.device
+    args: argparse.Namespace, shape: tuple, device: torch.device, fold: int = 0, draw: int = 0
 ) -> tuple[nn.Module, torch.optim.Adam]:
     """Return a freshly drawn network and its optimiser."""
+    if draw == 0:
+        utils.seed_everything(args.seed, fold, 0)
+    else:
+        utils.seed_everything(args.seed, fold, draw, purpose="restart")
     model = models.build_model(args.model, shape)
     model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     return model, torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
@@ -70,36 +84,25 @@ def predict(
 ) -> Tensor:
     """Return logits (n, 2) of scans, on the CPU."""
     model.eval()
-    batches = utils.progress(volumes.batches(rows, batch, device), "predicting", leave=False)
-    return torch.cat([model(scans) for scans, _ in batches]).cpu()
+    return torch.cat([model(scans) for scans, _ in volumes.batches(rows, batch, device)]).cpu()
 
 
-def validate(logits: Tensor, labels: np.ndarray, place: str) -> tuple[float, float]:
-    """Return the mean validation loss per scan and accuracy; a non-finite loss stops the run."""
-    labels = torch.from_numpy(labels)
-    loss = float(cross_entropy(logits.double(), labels))
-    if not np.isfinite(loss):
-        raise RunError(f"the validation loss is not finite in {place}; a smaller --lr may help")
-    return loss, float((logits.argmax(1) == labels).double().mean())
-
-
-def train_fold(
-    args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes, parts: pd.Series,
-    fold: int, device: torch.device,
+def train_draw(
+    args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes, fold: int,
+    train: np.ndarray, val: np.ndarray, model: nn.Module, optimizer: torch.optim.Adam,
+    state: checkpoints.FoldState, device: torch.device, bar: tqdm,
 ) -> None:  # fmt: skip
-    """Train one fold with early stopping, test its best weights once, write its files."""
-    train, val, test = (np.flatnonzero(parts == part) for part in folds.PARTS)
+    """Train a fold's weights with early stopping; each epoch is added to the fold's state."""
+    draw = state.draw
     in_precision = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    utils.seed_everything(args.seed, fold, 0)
-    model, optimizer = make_network(args, cohort.volume_shape, device)
-    state = checkpoints.resume(args.outpath, fold, model, optimizer)
-    while state.epoch < args.epochs and state.epochs_without_gain < args.patience:
-        start, epoch, losses, sizes = time.perf_counter(), state.epoch + 1, [], []
+    while draw.epoch < args.epochs and draw.epochs_without_gain < args.patience:
+        start, epoch, losses, sizes = time.perf_counter(), draw.epoch + 1, [], []
         utils.seed_everything(args.seed, fold, epoch)  # dropout
         order = utils.shuffled(train, args.seed, fold, epoch)
         batches = volumes.batches(order, args.batch, device)
+        n_steps, place = -(-len(train) // args.batch), f"fold {fold} epoch {epoch}/{args.epochs}"
         model.train()
-        for scans, labels in utils.progress(batches, f"fold {fold} epoch {epoch}", leave=False):
+        for scans, labels in utils.progress(batches, place, total=n_steps, unit="step"):
             optimizer.zero_grad()
             with in_precision:
                 loss = cross_entropy(model(scans), labels)
@@ -107,26 +110,68 @@ def train_fold(
             optimizer.step()
             losses.append(loss.detach())
             sizes.append(len(labels))
-        place = f"fold {fold}, epoch {epoch}"
         train_loss = metrics.mean_loss(losses, sizes, place)
         logits = predict(model, volumes, val, args.batch, device)
-        valid_loss, accuracy = validate(logits, cohort.labels[val], place)
+        of_val = metrics.of_validation(logits, cohort.labels[val], place)
         seconds = time.perf_counter() - start
-        is_best = state.add(
-            model, args.delta, train_loss=train_loss, valid_loss=valid_loss,
-            valid_accuracy=accuracy, seconds=seconds,
-        )  # fmt: skip
+        is_best = draw.add(model, args.delta, train_loss=train_loss, **of_val, seconds=seconds)
         checkpoints.save(args.outpath, fold, model, optimizer, state)
+        bar.update()
+        left = args.epochs - epoch
+        left_s = [n * seconds for n in (min(left, args.patience - draw.epochs_without_gain), left)]
         log.info(
-            EPOCH_LINE, fold, epoch, train_loss, valid_loss, accuracy, seconds,
-            utils.peak_gb(device), "  best so far" * is_best,
+            EPOCH_LINE, place, train_loss, *of_val.values(), seconds, utils.peak_gb(device),
+            *map(utils.duration, left_s), "; best so far" * is_best,
         )  # fmt: skip
-    model.load_state_dict(state.best_weights)
+        files.write_csv(args.outpath / f"history_f{fold}.csv", pd.DataFrame(draw.history))
+        draw_losses(args.outpath, args.fold, cohort.labels, fold)
+
+
+def train_fold(
+    args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes, parts: pd.Series,
+    fold: int, device: torch.device, bar: tqdm,
+) -> None:  # fmt: skip
+    """Train one fold, anew if it does not learn; test its best weights once, write its files."""
+    train, val, test = (np.flatnonzero(parts == part) for part in folds.PARTS)
+    model, optimizer = make_network(args, cohort.volume_shape, device, fold)
+    state = checkpoints.resume(args.outpath, fold, model, optimizer)
+    bar.update(state.draw.epoch)
+    while not state.is_done(args.restarts):
+        if state.draw.number > 0 and not state.draw.history:
+            log.info(
+                "fold %d begins anew: restart %d of %d", fold, state.draw.number, args.restarts
+            )
+            shape = cohort.volume_shape
+            model, optimizer = make_network(args, shape, device, fold, state.draw.number)
+            bar.total += args.epochs
+        train_draw(args, cohort, volumes, fold, train, val, model, optimizer, state, device, bar)
+        bar.total -= args.epochs - state.draw.epoch
+        model.load_state_dict(state.draw.best_weights)
+        logits = predict(model, volumes, train, args.batch, device)
+        judged = metrics.of_training(logits, cohort.labels[train])
+        if not judged["learned"]:
+            log.warning(NOT_LEARNED, fold, judged["train_loss_kept"], judged["label_entropy"])
+        state.end_draw(**judged)
+    model.load_state_dict(state.kept.best_weights)
     logits = predict(model, volumes, test, args.batch, device)
     paths, labels = cohort.table["path"].iloc[test], cohort.labels[test]
     predictions = metrics.predictions_of(fold, paths, labels, logits)
     checkpoints.write_fold(args.outpath, fold, state, predictions)
     write_scans(args.outpath, cohort, volumes)
+
+
+def draw_losses(outpath: Path, n_folds: int, labels: np.ndarray, fold: int | None = None) -> None:
+    """Draw the losses of all folds so far: in training, of a fold, at most every 30 s."""
+    path, histories, unlearned = outpath / "loss_curves.png", {}, []
+    if fold is not None and path.is_file() and time.time() - path.stat().st_mtime < REDRAW_SECONDS:
+        return
+    for each in range(n_folds):
+        if (outpath / f"history_f{each}.csv").is_file():
+            histories[each] = files.read_csv(outpath / f"history_f{each}.csv", pictures.LOSSES)
+        if (outpath / f"training_f{each}.csv").is_file():
+            kept = checkpoints.read_kept(outpath, each)
+            unlearned += [each] * (not kept["learned"])
+    pictures.plot_loss_curves(path, histories, metrics.entropy(labels), unlearned, fold)
 
 
 def write_scans(outpath: Path, cohort: dataset.Cohort, volumes: Volumes) -> None:
@@ -159,45 +204,57 @@ def dry_run(
     if volumes.folder is not None:
         needs["decoded scans"] = (volumes.gb, volumes.folder)
     n_train = max(int((splits[f"fold_{f}"] == "train").sum()) for f in range(args.fold))
-    peak_gb, epoch_s = utils.peak_gb(device), step_s * n_train / args.batch
-    utils.say(f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold")
+    epoch_s = step_s * n_train / args.batch
+    shortest, longest = (utils.duration(args.fold * epoch_s * n)
+                         for n in (min(args.epochs, args.patience + 1), args.epochs))  # fmt: skip
     utils.say(
-        f"a training step of {args.batch} scans: {step_s:.3g} s, peak memory {peak_gb:.3g} GB"
+        f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
+        f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
+        f"{utils.peak_gb(device):.3g} GB",
+        f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
+        f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
+        *files.check_room(needs),
     )
-    utils.say(
-        f"training, an epoch: about {epoch_s:.3g} s; {args.fold} folds, {args.epochs} epochs each"
-    )
-    utils.say(*files.check_room(needs))
 
 
-def assemble(outpath: Path, cohort: dataset.Cohort, n_folds: int, seed: int) -> str:
-    """Write what all folds have in common, from each fold's files; return the metrics as text."""
+def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
+    """Write what all folds have in common, from each fold's files; return what to say of it."""
+    outpath, n_folds = args.outpath, args.fold
     predictions = metrics.gather_predictions(outpath, range(n_folds), cohort.table["path"])
-    table = metrics.metrics_table(predictions, cohort.table.get("subject"), seed)
+    of_training = pd.DataFrame([checkpoints.read_kept(outpath, fold) for fold in range(n_folds)])
+    subjects = cohort.table.get("subject")
+    table = metrics.metrics_table(predictions, subjects, args.seed, of_training)
     files.write_csv(outpath / "predictions.csv", predictions)
     files.write_csv(outpath / "metrics.csv", table)
-    histories = [
-        files.read_csv(outpath / f"history_f{fold}.csv", pictures.LOSS_COLUMNS)
-        for fold in range(n_folds)
-    ]
-    pictures.plot_loss_curves(outpath / "loss_curves.png", histories)
+    draw_losses(outpath, n_folds, cohort.labels)
     pictures.plot_roc(outpath / "roc.png", predictions, table)
     for fold in range(n_folds):  # of a process killed between its last two steps
         checkpoints.checkpoint_path(outpath, fold).unlink(missing_ok=True)
-    return table.to_string(index=False, float_format="%.3f")
+    following = utils.command(
+        "heatmap.py", args, *utils.OF_COHORT, "--model", "--device", modelpath=outpath,
+        method=["LRP", "IG", "GGC"], target=1, outpath=outpath / "maps",
+    )  # fmt: skip
+    return [
+        metrics.as_text(table),
+        metrics.verdict(table).sentence,
+        f"{outpath}",
+        f"next: {following}",
+    ]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__, *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
+        __doc__, "training", *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
         "--cache-dir", "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
     # fmt: off
-    option("--model", required=True, metavar="NAME", help=f"one of: {', '.join(models.MODELS)}")
+    option("--model", required=True, metavar="NAME", help=models.FAMILIES_TEXT)
     option("--batch", type=number(int, at_least=1), default=BATCH, help="scans per training step")
+    option("--restarts", type=number(int, at_least=0), default=0,
+           help="times that a fold that has not learned begins anew, with other weights")
     option("--fold", type=number(int, at_least=2), default=folds.N_FOLDS, help="number of folds")
     option("--lr", type=number(float, above=0), default=LEARNING_RATE, help="Adam's learning rate")
     option("--wd", type=number(float, at_least=0), default=WEIGHT_DECAY, help="Adam's weight decay")
@@ -208,10 +265,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="a new best is lower than the best validation loss by more than this")
     option("--val-fraction", type=number(float, above=0, below=1), default=folds.VAL_FRACTION,
            help="share of a fold's other scans that validate")
-    option("--precision", choices=utils.PRECISIONS, default="fp32",
+    option("--precision", choices=utils.PRECISIONS, default="fp32", group="compute",
            help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
            "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
-    option("--no-cache", action="store_true", help="decode every scan anew in every epoch")
+    option("--no-cache", action="store_true", group="compute",
+           help="decode every scan anew in every epoch")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -255,15 +313,17 @@ def main(args: argparse.Namespace) -> None:
         if mine:
             volumes.fill()
             write_scans(args.outpath, cohort, volumes)
-        for fold in utils.progress(mine, "folds"):
+        bar = utils.progress(total=len(mine) * args.epochs, description="at most", unit="epoch")
+        for fold in mine:
             with run.hold(fold) as is_unfinished:
                 if is_unfinished:
-                    train_fold(args, cohort, volumes, splits[f"fold_{fold}"], fold, device)
+                    train_fold(args, cohort, volumes, splits[f"fold_{fold}"], fold, device, bar)
+        bar.close()
     wait_for_all()
     if utils.is_first():
         with run.finish() as is_complete:
             if is_complete:
-                utils.say(assemble(args.outpath, cohort, args.fold, args.seed))
+                utils.conclude(*assemble(args, cohort))
                 volumes.remove(is_own=args.cache_dir is None)
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 N_WORKERS = min(4, os.cpu_count())
 COLUMN_ROLES = ("scan", "label", "subject")
 PRECISIONS = ("fp32", "tf32", "bf16")
+LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left"
 PACKAGES = ("torch", "captum", "nibabel", "nilearn", "numpy", "pandas", "scikit-learn", "scipy")
 
 log = logging.getLogger("heatmaps")
@@ -61,12 +63,31 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Print the script's docstring as it stands, and every option with its default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        """Leave out defaults that say nothing: of required options, of flags, and None."""
+        """Leave out defaults that say nothing: of required options, flags, and where none is."""
+        says_nothing = action.required or not (action.default or action.default == 0)
+        is_flag = action.nargs == 0
+        return action.help if says_nothing or is_flag else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Lists options in groups, the required ones first; the usage names only these."""
+
+    def __init__(self, doc: str, own_group: str):
+        super().__init__(description=doc, formatter_class=HelpFormatter)
+        self.own_group, self.needed = own_group, ""
+        titles = ("required", own_group, *GROUPS)
+        self.groups = {title: self.add_argument_group(title) for title in titles}
+
+    def add_argument(self, *names: str, group: str | None = None, **options) -> argparse.Action:
+        """Add an option to a group, left out: to the script's own; required ones have theirs."""
+        if "-h" in names:
+            return super().add_argument(*names, **options)
+        title = "required" if options.get("required") else group or self.own_group
+        action = self.groups[title].add_argument(*names, **options)
         if action.required:
-            return f"{action.help} (required)"
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+            self.needed += f" {names[0]} {action.metavar or action.dest.upper()}"
+            self.usage = f"%(prog)s{self.needed} [options]"
+        return action
 
 
 def number(
@@ -137,16 +158,35 @@ OPTIONS = {  # that mean the same in every script that has them
 
 
 OF_COHORT = ("--path", "--columns", "--positive", "--negative", "--no-subjects")
+GROUPS = {
+    "columns of the CSV": OF_COHORT[1:],
+    "compute": ("--device", "--workers", "--cache-dir"),
+    "run": ("--only-fold", "--seed", "--dry-run", "--overwrite"),
+}
 
 
-def make_parser(doc: str, *names: str) -> argparse.ArgumentParser:
-    """Return a parser with some of the shared options."""
+def make_parser(doc: str, own_group: str, *names: str) -> Parser:
+    """Return a parser with some of the shared options, and a group for the script's own."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # before -h, in whatever letters the system has
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser = Parser(doc, own_group)
+    group_of = {name: group for group, members in GROUPS.items() for name in members}
     for name in names:
-        parser.add_argument(name, **OPTIONS[name])
+        parser.add_argument(name, group=group_of.get(name), **OPTIONS[name])
     return parser
+
+
+def command(script: str, args: argparse.Namespace, *names: str, **others: object) -> str:
+    """Return a command line with some options as they were given, and others."""
+    given = {name: getattr(args, name[2:].replace("-", "_"), None) for name in names}
+    given |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
+    words = ["python3", script]
+    for name, value in given.items():
+        if value in (None, False, []):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [name, *("=".join(v) if isinstance(v, tuple) else str(v) for v in values)]
+    return shlex.join(words)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -244,6 +284,7 @@ def start_log(log_path: Path | None = None, only_fold: int | None = None) -> Non
     speaker = f"[rank {rank()}] " if world_size() > 1 else ""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(PrintableFormatter(f"{speaker}%(message)s"))
+    to_stderr.addFilter(lambda record: not hasattr(record, "is_said"))
     to_stderr.setLevel(logging.INFO if is_first() else logging.WARNING)
     log.addHandler(to_stderr)
     if log_path is not None:
@@ -255,9 +296,27 @@ def start_log(log_path: Path | None = None, only_fold: int | None = None) -> Non
         log.addHandler(to_file)
 
 
-def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
-    """Return a progress bar on stderr; none where that is no terminal, or another rank's."""
-    return tqdm(items, description, disable=None if is_first() else True, **options)
+class LogLines(io.StringIO):
+    """Where a progress bar writes that has no terminal: each state of it is a line of the log."""
+
+    def write(self, text: str) -> int:
+        """Log what a bar shows."""
+        if text.strip():
+            log.info(text.strip())
+        return len(text)
+
+
+def progress(
+    items: Iterable | None = None, description: str = "", is_logged: bool = True, **options
+) -> tqdm:
+    """Return a progress bar on stderr, the first process's; without a terminal a line a minute."""
+    options = {"leave": False, "dynamic_ncols": True} | options
+    if not is_first() or (not sys.stderr.isatty() and not is_logged):
+        return tqdm(items, disable=True, **options)
+    if not sys.stderr.isatty():
+        options |= {"file": LogLines(), "delay": 60, "mininterval": 60, "maxinterval": 60,
+                    "bar_format": LINE_FORMAT}  # fmt: skip
+    return tqdm(items, description, **options)
 
 
 def log_above_bars() -> contextlib.AbstractContextManager:
@@ -274,11 +333,35 @@ def say(*lines: object) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def conclude(*lines: object) -> None:
+    """Print a script's last lines, and write them into its log."""
+    say(*lines)
+    for line in lines:
+        log.info("%s", line, extra={"is_said": True})
+
+
 def some_of(names: Iterable, n_shown: int = 3) -> str:
     """Return the first few names, and how many more there are."""
     names = list(map(str, names))
     more = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
     return f"{', '.join(names[:n_shown])}{more}"
+
+
+def named(noun: str, numbers: Iterable) -> str:
+    """Return "fold 2" or "folds 1, 3"; "" of none."""
+    numbers = list(map(str, numbers))
+    return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else ""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the units that a person uses."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    for unit, smaller, length in (("min", "s", 60), ("h", "min", 3600)):
+        if seconds < 120 * length:
+            n_large, rest = divmod(seconds, length)
+            return f"{n_large:.0f} {unit} {rest // (length // 60):.0f} {smaller}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def now() -> str:

@@ -4,7 +4,6 @@ import base64
 import html
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -15,19 +14,16 @@ from matplotlib.figure import Figure
 from nibabel.spatialimages import SpatialImage
 
 from comparing.overlap import TOP_FRACTIONS
+from comparing.runs import METRICS_SHOWN, PICTURES, Run
 from comparing.space import Map, Space
 from reporting.maps import IG_TOLERANCE
+from reporting.metrics import SUMMARY_ROWS
 from reporting.pictures import color_limit, save_figure
 from run_folder import files
 from utils import InputError, printable
 
 TEMPLATE_PATH = Path(__file__).with_name("page_template.html")
 SHOWN_VOXEL_MM = 2.0  # slices are no finer: the page stays small
-METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
-SUMMARY_ROWS = ("pooled", "pooled_low", "pooled_high", "mean", "sd")
-PICTURES = {"loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans"}
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_NAME_SHOWN = 80
 N_REGIONS_SHOWN = 20
 OVERLAP_HEADS = {
     "dice_matched": "Dice, matched size",
@@ -40,36 +36,6 @@ OVERLAP_HEADS = {
     "null_p": "p of shifts",
     "outside": "outside the mask",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of train_cv.py or svm.py left for the page; `metrics` is indexed by fold."""
-
-    name: str
-    metrics: pd.DataFrame
-    n_patients: int
-    n_controls: int
-    pictures: list[Path]
-
-
-def load_run(folder: Path) -> Run:
-    """Read what the page shows of a run's folder; an InputError if it is no finished run."""
-    columns = {"fold": str} | dict.fromkeys(METRICS_SHOWN, float)
-    record_path = folder / "run.json"
-    try:
-        metrics = files.read_csv(folder / "metrics.csv", columns)
-        metrics = metrics.dropna(subset="fold").set_index("fold")
-        labels = files.read_csv(folder / "predictions.csv", {"label": int})["label"]
-        record = files.read_json(record_path) if record_path.is_file() else {}
-        if not metrics.index.is_unique or set(SUMMARY_ROWS) - set(metrics.index):
-            raise InputError(f"metrics.csv must have one row each of {', '.join(SUMMARY_ROWS)}")
-    except InputError as error:
-        raise InputError(f"--run {folder} is no finished run: {error}") from None
-    name = printable(str(record.get("model", folder.name)))[:MAX_NAME_SHOWN]
-    pictures = [folder / each for each in PICTURES if (folder / each).is_file()]
-    pictures = [path for path in pictures if path.read_bytes().startswith(PNG_SIGNATURE)]
-    return Run(name, metrics, int((labels == 1).sum()), int((labels == 0).sum()), pictures)
 
 
 def warnings_of(table: pd.DataFrame, runs: list[Run], maps: dict[str, Map]) -> list[str]:
@@ -91,19 +57,41 @@ def warnings_of(table: pd.DataFrame, runs: list[Run], maps: dict[str, Map]) -> l
     ]
 
 
+def sidecar_path_of(each: Map) -> Path:
+    """Return where what is known of a map stands."""
+    return each.path.with_name(each.path.name.split(".nii")[0] + ".json")
+
+
+def read_sidecar(each: Map) -> dict:
+    """Return what is known of a map; nothing without a file."""
+    path = sidecar_path_of(each)
+    return files.read_json(path) if path.is_file() else {}
+
+
+def verdicts(runs: list[Run], maps: dict[str, Map]) -> list[str]:
+    """Return what the classifiers found, of the runs and of those that the maps explain."""
+    said = [f"{run.name}: {run.verdict.sentence}" for run in runs]
+    known = {run.verdict.sentence for run in runs}
+    for name, each in maps.items():
+        verdict = printable(str(read_sidecar(each).get("verdict") or ""))
+        if verdict and verdict not in known:
+            known.add(verdict)
+            said.append(f"{name}: {verdict}")
+    return said or ["No --run was given: nothing says whether these maps are worth a look."]
+
+
 def completeness_errors(maps: dict[str, Map]) -> dict[str, float]:
     """Return each IG map's median completeness error, as the sidecar beside it has it."""
     errors = {}
     for name, each in maps.items():
-        sidecar_path = each.path.with_name(each.path.name.split(".nii")[0] + ".json")
-        sidecar = files.read_json(sidecar_path) if sidecar_path.is_file() else {}
+        sidecar = read_sidecar(each)
         error = sidecar.get("median_completeness_error")
         if sidecar.get("method") == "IG" and error is not None:
             try:
                 errors[name] = float(error)
             except (TypeError, ValueError, OverflowError):
                 raise InputError(
-                    f"{sidecar_path}: median_completeness_error must be a number"
+                    f"{sidecar_path_of(each)}: median_completeness_error must be a number"
                 ) from None
     return errors
 
@@ -121,13 +109,14 @@ def number_text(value: float) -> str:
 
 
 def metrics_html(runs: list[Run]) -> str:
-    """Return the table of held-out metrics, with intervals and the spread over folds."""
+    """Return the table of held-out metrics: means over folds, their intervals and sd."""
     rows = []
     for run in runs:
-        row = [run.name, f"{run.n_patients} + {run.n_controls}"]
+        n_patients = int(run.predictions["label"].sum())
+        row = [run.name, f"{n_patients} + {len(run.predictions) - n_patients}"]
         for metric in METRICS_SHOWN:
-            pooled, low, high, mean, sd = (run.metrics.loc[name, metric] for name in SUMMARY_ROWS)
-            row.append(f"{pooled:.2f} [{low:.2f}, {high:.2f}] · {mean:.2f} ± {sd:.2f}")
+            mean, low, high, sd = run.metrics.loc[[*SUMMARY_ROWS[:4]], metric]
+            row.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ± {sd:.2f}")
         rows.append(row)
     heads = ["classifier", "patients + controls", *(m.replace("_", " ") for m in METRICS_SHOWN)]
     return table_html(heads, rows)
@@ -223,7 +212,10 @@ def viewer_data(maps: dict[str, Map], space: Space) -> dict:
         data = shrink(each.img).get_fdata()
         limit = color_limit(data)
         levels = np.clip(np.round(127 * data / limit), -127, 127) + 128
-        shown.append({"name": name, "limit": limit, "data": encode(levels.astype(np.uint8))})
+        title = f"{name} · {short}" if (short := read_sidecar(each).get("verdict_short")) else name
+        shown.append(
+            {"name": printable(title), "limit": limit, "data": encode(levels.astype(np.uint8))}
+        )
     return {
         "shape": reference_img.shape,
         "affine": reference_img.affine.tolist(),
@@ -248,6 +240,7 @@ def write_page(
         facts="".join(
             f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()
         ),
+        verdicts="".join(f"<li>{html.escape(text)}</li>" for text in verdicts(runs, maps)),
         warnings="".join(f"<li>{html.escape(text)}</li>" for text in warnings or ["None."]),
         metrics=metrics_html(runs) if runs else "<p>No --run was given.</p>",
         curves="".join(

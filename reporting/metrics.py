@@ -1,64 +1,126 @@
-"""How well a classifier did on the scans that it had not seen: metrics per fold and pooled."""
+"""How well a classifier did on the scans that it had not seen, and what its maps are worth."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from torch.nn.functional import cross_entropy
 
 from run_folder import files
-from utils import InputError, RunError, derived_seed
+from utils import InputError, RunError, derived_seed, named
 
 N_BOOTSTRAP = 1000
 CONFIDENCE_PERCENT = 95
+MAX_COUNTS = 4_000_000  # of scans in bootstrap draws at once: 32 MB
+LEARNED_GAIN = 0.05  # of the labels' entropy, by which the kept weights' training loss is below it
+CHANCE = 0.5  # of the area under the ROC curve
+SUMMARY_ROWS = ("mean", "mean_low", "mean_high", "sd", "pooled", "pooled_low", "pooled_high")
+COUNTS = ("n", "tp", "tn", "fp", "fn")
+WHOLE = ("epoch", "learned", "draw")
+SCORED = ("label", "probability", "predicted")
 PREDICTION_COLUMNS = {
     "path": str, "label": int, "fold": int, "probability": float, "predicted": int,
 }  # fmt: skip
 
 
-def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Return the share of pairs of labels 1, 0 ranked right, ties half; NaN without a class."""
-    n_positive = int(labels.sum())
-    n_pairs = n_positive * (len(labels) - n_positive)
-    if n_pairs == 0:
-        return np.nan
-    rank_sum = rankdata(scores)[labels == 1].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / n_pairs)
+def roc_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the share of pairs of labels 1, 0 ranked right, ties half; NaN without a class.
+
+    Labels and scores have shape (n,); weights, (draws, n), say how often each scan counts.
+    """
+    order = np.argsort(scores)
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of equal scores
+    positive, negative = (
+        np.add.reduceat(weights[:, order] * (labels[order] == label), starts, axis=1)
+        for label in (1, 0)
+    )
+    below = negative.cumsum(1) - negative / 2
+    with np.errstate(invalid="ignore"):
+        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
-def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray) -> dict:
-    """Return the metrics of predictions, arrays (n,), label 1 positive; NaN without a class."""
-    tp = int(np.sum((labels == 1) & (predicted == 1)))
-    tn = int(np.sum((labels == 0) & (predicted == 0)))
-    fp = int(np.sum((labels == 0) & (predicted == 1)))
-    fn = int(np.sum((labels == 1) & (predicted == 0)))
-    sensitivity = tp / (tp + fn) if tp + fn else np.nan
-    specificity = tn / (tn + fp) if tn + fp else np.nan
-    return {
-        "n": len(labels),
-        "accuracy": (tp + tn) / len(labels),
+def binary_metrics(predictions: pd.DataFrame, weights: np.ndarray | None = None) -> pd.DataFrame:
+    """Return the metrics of predictions, label 1 positive, a row a draw; NaN without a class.
+
+    The predictions have a row a scan; weights, (draws, n), say how often each scan counts in each
+    draw (left out: once, in one draw).
+    """
+    labels, probabilities, predicted = (predictions[column].to_numpy() for column in SCORED)
+    weights = np.ones((1, len(labels))) if weights is None else weights
+    tp, tn, fp, fn = (
+        weights @ ((labels == label) & (predicted == said)).astype(float)
+        for label, said in ((1, 1), (0, 0), (0, 1), (1, 0))
+    )
+    with np.errstate(invalid="ignore"):
+        sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+    metrics = {
+        "n": weights.sum(1),
+        "accuracy": (tp + tn) / weights.sum(1),
         "balanced_accuracy": (sensitivity + specificity) / 2,
         "sensitivity": sensitivity,
         "specificity": specificity,
-        "roc_auc": roc_auc(labels, probabilities),
+        "roc_auc": roc_auc(labels, probabilities, weights),
         "tp": tp, "tn": tn, "fp": fp, "fn": fn,
     }  # fmt: skip
+    return pd.DataFrame(metrics)
 
 
-def bootstrap_intervals(predictions: pd.DataFrame, unit: pd.Series, seed: int) -> pd.DataFrame:
-    """Return each pooled metric's interval; drawn with replacement is `unit`, a value a scan."""
+def fold_means(predictions: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
+    """Return each metric's mean over the folds that have it, a row a draw."""
+    rows_of_fold = predictions.groupby("fold").indices.values()
+    of_folds = [binary_metrics(predictions.iloc[rows], weights[:, rows]) for rows in rows_of_fold]
+    return pd.concat(of_folds).groupby(level=0).mean()
+
+
+def bootstrap_weights(unit: np.ndarray, stratum: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Yield `N_BOOTSTRAP` draws, some at a time, as counts of scans of shape (draws, n).
+
+    Drawn with replacement are units, within their strata; both arrays have a value a scan.
+    """
     rng = np.random.default_rng(derived_seed(seed, purpose="bootstrap"))
-    rows_of_unit = list(predictions.groupby(unit.to_numpy()).indices.values())
-    columns = [predictions[c].to_numpy() for c in ("label", "probability", "predicted")]
-    draws = []
-    for _ in range(N_BOOTSTRAP):
-        drawn = rng.integers(len(rows_of_unit), size=len(rows_of_unit))
-        rows = np.concatenate([rows_of_unit[i] for i in drawn])
-        draws.append(binary_metrics(*(column[rows] for column in columns)))
-    tail = (100 - CONFIDENCE_PERCENT) / 200
-    return pd.DataFrame(draws).quantile([tail, 1 - tail])
+    first_scan, unit_of_scan = np.unique(unit, return_index=True, return_inverse=True)[1:]
+    strata = [np.flatnonzero(stratum[first_scan] == value) for value in np.unique(stratum)]
+    n_together = max(1, MAX_COUNTS // len(unit))
+    for start in range(0, N_BOOTSTRAP, n_together):
+        counts = np.zeros((min(n_together, N_BOOTSTRAP - start), len(first_scan)))
+        for of_draw in counts:
+            for units in strata:
+                drawn = rng.integers(len(units), size=len(units))
+                of_draw[units] = np.bincount(drawn, minlength=len(units))
+        yield counts[:, unit_of_scan]
+
+
+def units_and_strata(
+    table: pd.DataFrame, subjects: pd.Series | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each scan what is drawn with it, and among which others.
+
+    That is its subject, or itself, among those of its fold whose scans have such labels.
+    """
+    unit = np.arange(len(table)) if subjects is None else subjects.to_numpy()
+    alike = table[["fold", "label"]].groupby(unit).transform("mean")
+    return unit, alike.groupby(["fold", "label"]).ngroup().to_numpy()
+
+
+def interval_of_mean(mean: pd.Series, draws: pd.DataFrame, n_units: int) -> np.ndarray:
+    """Return the ends of each metric's interval, (2, metrics): Wilson's, doi:10.2307/2276774.
+
+    Its number of trials is that of a proportion whose standard deviation is the draws', at most two
+    a unit: so a mean of 1.00 has an interval, too. Counts have none.
+    """
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE_PERCENT / 200)
+    variance = draws.var().clip(lower=mean * (1 - mean) / (2 * n_units))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        n = (mean * (1 - mean) / variance).fillna(2 * n_units)
+        half = z / (1 + z**2 / n) * np.sqrt(mean * (1 - mean) / n + (z / n / 2) ** 2)
+    middle = (mean + z**2 / n / 2) / (1 + z**2 / n)
+    ends = pd.DataFrame([middle - half, middle + half])
+    ends[list(COUNTS)] = np.nan
+    return ends.to_numpy()
 
 
 def gather_predictions(
@@ -73,31 +135,128 @@ def gather_predictions(
     return table.set_index("path").loc[paths].reset_index()
 
 
-def metrics_table(predictions: pd.DataFrame, subjects: pd.Series | None, seed: int) -> pd.DataFrame:
-    """Return metrics per fold 0 … k−1, then mean, sd, pooled, pooled_low and pooled_high.
+def metrics_table(
+    predictions: pd.DataFrame, subjects: pd.Series | None, seed: int,
+    of_training: pd.DataFrame | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Return metrics per fold 0 … k−1, then their mean and sd, and those of all scans pooled.
 
-    The last two are a 95 % bootstrap interval, for which whole subjects are drawn, if there are
-    any. The predictions have a row a scan, with columns fold, label, probability and predicted.
+    `_low` and `_high` are the ends of 95 % intervals from bootstrap draws of whole subjects, if
+    there are any: for means within folds and labels, for pooled values among all scans.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        A row a scan: fold, label, probability and predicted.
+    of_training : DataFrame, optional
+        Columns to add to the rows of folds 0 … k−1.
     """
+    unit, stratum = units_and_strata(predictions, subjects)
+    by_fold = predictions.groupby("fold")
+    per_fold = pd.concat([binary_metrics(rows) for _, rows in by_fold])
+    mean, one = per_fold.mean(), np.zeros_like(stratum)
+    of_mean = [fold_means(predictions, w) for w in bootstrap_weights(unit, stratum, seed)]
+    of_all = [binary_metrics(predictions, w) for w in bootstrap_weights(unit, one, seed)]
+    tail = (100 - CONFIDENCE_PERCENT) / 200
+    rows = [
+        mean,
+        *interval_of_mean(mean, pd.concat(of_mean), len(np.unique(unit))),
+        per_fold.std(),
+        binary_metrics(predictions).iloc[0],
+        *pd.concat(of_all).quantile([tail, 1 - tail]).to_numpy(),
+    ]
+    summary = pd.DataFrame(np.array(rows), index=SUMMARY_ROWS, columns=per_fold.columns)
+    per_fold.index = [str(fold) for fold, _ in by_fold]
+    if of_training is not None:
+        per_fold = per_fold.join(of_training.set_axis(per_fold.index))
+    table = pd.concat([per_fold, summary]).rename_axis("fold").reset_index()
+    for name in {*COUNTS, *WHOLE} & {*table}:  # a column of floats would show 5 as 5.0
+        values = (int(value) if value % 1 == 0 else value for value in table[name])
+        table[name] = pd.Series(list(values), dtype=object)
+    return table
 
-    def metrics_of(rows: pd.DataFrame) -> dict:
-        return binary_metrics(*(rows[c].to_numpy() for c in ("label", "probability", "predicted")))
 
-    per_fold = pd.DataFrame(
-        {str(fold): metrics_of(rows) for fold, rows in predictions.groupby("fold")}
-    ).T
-    unit = pd.Series(range(len(predictions))) if subjects is None else subjects
-    intervals = bootstrap_intervals(predictions, unit, seed)
-    summary = pd.DataFrame(
-        {
-            "mean": per_fold.mean(),
-            "sd": per_fold.std(),
-            "pooled": metrics_of(predictions),
-            "pooled_low": intervals.iloc[0],
-            "pooled_high": intervals.iloc[1],
-        }
-    ).T
-    return pd.concat([per_fold, summary]).rename_axis("fold").reset_index()
+def as_text(table: pd.DataFrame) -> str:
+    """Return a table for the terminal and the log."""
+    return table.to_string(index=False, float_format="{:.3f}".format, na_rep="–")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What classifiers found in scans that they had not seen, and whether maps of them can tell."""
+
+    sentence: str
+    short: str  # for the title of a map
+    is_void: bool  # maps explain nothing
+    is_doubtful: bool  # nor do those of some folds
+
+
+def verdict(table: pd.DataFrame) -> Verdict | None:
+    """Judge a `metrics_table`; None where it is none, or older than the interval of its mean."""
+    rows = table.set_index("fold")
+    try:
+        value, low, high = (float(rows["roc_auc"][row]) for row in SUMMARY_ROWS[:3])
+        folds = rows[rows.index.str.isdigit()]
+        n_patients, n_controls = folds["tp"] + folds["fp"], folds["tn"] + folds["fn"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    of_one_class = folds.index[(n_patients == 0) | (n_controls == 0)]
+    unlearned = named("fold", folds.index[folds["learned"] == 0]) if "learned" in folds else ""
+    auc = f"ROC AUC {value:.2f} [{low:.2f}, {high:.2f}]"
+    found = [f"{auc}, the mean of {len(folds)} folds on held-out scans"]
+    if not low > CHANCE:
+        found.append(f"its interval does not lie above {CHANCE}, which is chance")
+    if len(of_one_class):
+        found.append(f"{named('fold', of_one_class)} predicted one class only")
+    if unlearned:
+        found.append(f"{unlearned} did not learn")
+    is_void = not low > CHANCE or ("learned" in folds and not folds["learned"].any())
+    sentence, short = "; ".join(found) + ".", auc
+    if is_void:
+        sentence, short = f"{sentence} Maps explain nothing.", f"{auc}: explains nothing"
+    elif unlearned:
+        sentence = f"{sentence} Maps of {unlearned} explain nothing."
+        short = f"{auc}, {unlearned} not learned"
+    return Verdict(sentence, short, is_void, is_void or bool(unlearned))
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """Judge a run by its metrics.csv; None where there is none that can be judged."""
+    try:
+        return verdict(files.read_csv(folder / "metrics.csv", {"fold": str, "roc_auc": float}))
+    except InputError:
+        return None
+
+
+def entropy(labels: np.ndarray) -> float:
+    """Return the entropy of labels 0 and 1: the loss of knowing only how many are patients."""
+    shares = np.bincount(labels, minlength=2) / len(labels)
+    return float(-sum(share * np.log(share) for share in shares if share))
+
+
+def _loss(logits: torch.Tensor, labels: np.ndarray) -> float:
+    """Return the mean cross-entropy of logits (n, 2)."""
+    return float(cross_entropy(logits.double(), torch.from_numpy(labels)))
+
+
+def of_training(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
+    """Judge kept weights by the scans that they were trained on: have they learned?"""
+    loss, of_labels = _loss(logits, labels), entropy(labels)
+    is_learned = loss <= (1 - LEARNED_GAIN) * of_labels
+    return {"train_loss_kept": loss, "label_entropy": of_labels, "learned": int(is_learned)}
+
+
+def of_validation(logits: torch.Tensor, labels: np.ndarray, place: str) -> dict[str, float]:
+    """Return an epoch's validation loss, accuracy and ROC AUC; a RunError unless it is finite."""
+    loss = _loss(logits, labels)
+    if not np.isfinite(loss):
+        raise RunError(f"the validation loss is not finite in {place}; a smaller --lr may help")
+    scores = (logits[:, 1] - logits[:, 0]).numpy()
+    return {
+        "valid_loss": loss,
+        "valid_accuracy": float((logits.argmax(1).numpy() == labels).mean()),
+        "valid_roc_auc": float(roc_auc(labels, scores, np.ones((1, len(labels))))[0]),
+    }
 
 
 def mean_loss(losses: list[torch.Tensor], sizes: list[int], place: str) -> float:

@@ -18,32 +18,42 @@ from run_folder import files
 
 DPI = 110
 FOLD_COLORS = matplotlib.colormaps["tab10"].colors
-LOSS_COLUMNS = {"epoch": int, "train_loss": float, "valid_loss": float}
+LOSSES = {"epoch": int, "train_loss": float, "valid_loss": float, "best": int}
 MAP_COLORS = "cold_hot"
 N_CUTS = 7  # slices per direction of a mosaic
 SHOWN_PERCENTILE = 99.9  # of |map| inside the head: the end of the colour scale
 HIDDEN_FRACTION = 0.1  # of the colour scale: voxels below it are left transparent
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
-    with files.whole_file(path) as temporary_path:
+def save_figure(figure: Figure, path: Path, temporary_name: str = "") -> None:
+    """Write a figure, whole or not at all; several processes need temporary names of their own."""
+    with files.whole_file(path, temporary_name) as temporary_path:
         figure.savefig(temporary_path, dpi=DPI, format=path.suffix[1:])
 
 
-def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
-    """Draw each fold's losses, as in history_f*.csv; a dot marks the epoch that was kept."""
+def plot_loss_curves(
+    path: Path, histories: dict[int, pd.DataFrame], label_entropy: float,
+    unlearned: list[int] | None = None, by_fold: int | None = None,
+) -> None:  # fmt: skip
+    """Draw folds' losses, as in history_f*.csv; a dot marks the epoch that is kept.
+
+    A dashed line is the loss without learning, the entropy of the labels. `by_fold` is the fold of
+    the process that draws them, where others may do so, too.
+    """
     n_columns = min(len(histories), 5)
     n_rows = -(-len(histories) // n_columns)
     size_inches = (2.6 * n_columns + 0.6, 2.4 * n_rows + 0.4)
     figure = Figure(figsize=size_inches, layout="constrained")
     axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
-    for fold, (axis, history) in enumerate(zip(axes.flat, histories, strict=False)):
-        best = history.loc[history["valid_loss"].idxmin()]
+    for axis, (fold, history) in zip(axes.flat, histories.items(), strict=False):
+        best = history[history["best"] == 1].iloc[-1]
+        is_unlearned = fold in (unlearned or [])
+        axis.axhline(label_entropy, color="0.75", linestyle="--", label="nothing learned")
         axis.plot(history["epoch"], history["train_loss"], color="0.6", label="training")
         axis.plot(history["epoch"], history["valid_loss"], color="C0", label="validation")
         axis.plot(best["epoch"], best["valid_loss"], "o", color="C3", label="kept")
-        axis.set_title(f"fold {fold}", fontsize=10)
+        title = f"fold {fold}" + ": not learned" * is_unlearned
+        axis.set_title(title, fontsize=10, color="C3" if is_unlearned else "black")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(histories) :]:
@@ -51,7 +61,7 @@ def plot_loss_curves(path: Path, histories: list[pd.DataFrame]) -> None:
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     figure.supylabel("cross-entropy per scan", fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, f"{path.name}.f{by_fold}")
 
 
 def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> None:

@@ -15,13 +15,18 @@ from utils import InputError, some_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # of a state dict, in a dict of more
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+DRAW_COLUMNS = {  # of training_f*.csv, a row a draw of weights
+    "draw": int, "epoch": int, "valid_loss": float, "valid_roc_auc": float,
+    "train_loss_kept": float, "label_entropy": float, "learned": int, "kept": int,
+}  # fmt: skip
 COUNTERS = ("n_averaged",)  # AveragedModel's
 
 
 @dataclass
-class FoldState:
-    """All that resuming a fold needs, besides the weights in the model and the optimiser."""
+class Draw:
+    """One draw of a fold's weights, in training: its epochs and the best of them."""
 
+    number: int = 0
     history: list[dict] = field(default_factory=list)  # an epoch each, as in history_f*.csv
     best_loss: float = float("inf")  # validation loss of the best epoch so far
     best_weights: dict = field(default_factory=dict)  # its state dict, on the CPU
@@ -35,7 +40,7 @@ class FoldState:
     def add(self, model: nn.Module, delta: float, **measured: float) -> bool:
         """Add an epoch's losses, accuracy and seconds; return whether it is the best so far."""
         is_best = not self.history or measured["valid_loss"] < self.best_loss - delta
-        self.history.append({"epoch": self.epoch + 1, **measured})
+        self.history.append({"epoch": self.epoch + 1, **measured, "best": int(is_best)})
         self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
         if is_best:
             self.best_loss = measured["valid_loss"]
@@ -44,6 +49,33 @@ class FoldState:
                 for k, v in model.state_dict().items()
             }
         return is_best
+
+
+@dataclass
+class FoldState:
+    """All that resuming a fold needs, besides the weights in the model and the optimiser."""
+
+    draw: Draw = field(default_factory=Draw)  # under way
+    kept: Draw = field(default_factory=Draw)  # the best of those that ended
+    ended: list[dict] = field(default_factory=list)  # a draw each, as in training_f*.csv
+
+    def is_done(self, n_restarts: int) -> bool:
+        """Tell whether a draw has learned, or all have ended."""
+        return len(self.ended) > n_restarts or any(draw["learned"] for draw in self.ended)
+
+    def end_draw(self, **judged: float) -> None:
+        """End the draw under way; kept is the first that learned, else that of lowest loss."""
+        best = next(epoch for epoch in reversed(self.draw.history) if epoch["best"])
+        of_best = {key: best[key] for key in ("epoch", "valid_loss", "valid_roc_auc")}
+        self.ended.append({"draw": self.draw.number, **of_best, **judged})
+        if judged["learned"] or not self.draw.best_loss >= self.kept.best_loss:
+            self.kept = self.draw
+        self.draw = Draw(len(self.ended))
+
+    def draws(self) -> pd.DataFrame:
+        """Return the draws that ended, one row each; one is kept."""
+        table = pd.DataFrame(self.ended)
+        return table.assign(kept=(table["draw"] == self.kept.number).astype(int))
 
 
 def checkpoint_path(outpath: Path, fold: int) -> Path:
@@ -68,7 +100,8 @@ def save(
 ) -> None:
     """Write all that `resume` needs."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write(checkpoint_path(outpath, fold), content | {"state": vars(state)})
+    content |= {"draw": vars(state.draw), "kept": vars(state.kept), "ended": state.ended}
+    write(checkpoint_path(outpath, fold), content)
 
 
 def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Adam) -> FoldState:
@@ -78,8 +111,8 @@ def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Ad
         return FoldState()
     try:
         content = _load(path)
-        state = FoldState(**content["state"])
-        for weights in (state.best_weights, content["model"]):  # the latter are trained further
+        state = FoldState(Draw(**content["draw"]), Draw(**content["kept"]), content["ended"])
+        for weights in (state.draw.best_weights, content["model"]):  # these are trained further
             model.load_state_dict(weights)
         options = optimizer.state_dict()["param_groups"]  # the command's, not the file's
         optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": options})
@@ -149,10 +182,17 @@ def _bare(content: object) -> dict:
 
 def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataFrame) -> None:
     """Write a fold's files; the predictions come last and say that it is finished."""
-    history = pd.DataFrame(state.history)
-    write(weights_path(outpath, fold), state.best_weights)
+    history = pd.DataFrame(state.kept.history)
+    write(weights_path(outpath, fold), state.kept.best_weights)
     files.write_npy(outpath / f"train_loss_f{fold}.npy", history["train_loss"])
     files.write_npy(outpath / f"valid_loss_f{fold}.npy", history["valid_loss"])
     files.write_csv(outpath / f"history_f{fold}.csv", history)
+    files.write_csv(outpath / f"training_f{fold}.csv", state.draws())
     files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)
     checkpoint_path(outpath, fold).unlink(missing_ok=True)
+
+
+def read_kept(outpath: Path, fold: int) -> pd.Series:
+    """Return what training_f*.csv says of the draw of weights that a finished fold kept."""
+    table = files.read_csv(outpath / f"training_f{fold}.csv", DRAW_COLUMNS)
+    return table.loc[table["kept"].idxmax()].drop(["kept", "label_entropy"])
