@@ -26,7 +26,7 @@ def epochs_of(outpath: Path, fold: int = 0) -> list[int]:
     """Return the epochs that a fold's checkpoint tells of."""
     path = checkpoints.checkpoint_path(outpath, fold)
     content = torch.load(path, map_location="cpu", weights_only=True)
-    return [epoch["epoch"] for epoch in content["state"]["history"]]
+    return [epoch["epoch"] for epoch in content["draw"]["history"]]
 
 
 # Kills and signals

@@ -29,9 +29,10 @@ import compare
 import heatmap
 import svm
 import train_cv
-from comparing import page
+from comparing import page, runs
 from loading.cache import Volumes
 from reporting import pictures
+from reporting.metrics import SUMMARY_ROWS
 
 ROOT = Path(train_cv.__file__).parent
 PACKAGES = ("attribution", "run_folder", "loading", "reporting", "comparing")
@@ -192,10 +193,12 @@ def inputs(tmp_path) -> list:
     return ["--maps", folder / "IG_map_all.nii.gz", "--reference", folder / "reference.nii.gz"]
 
 
+COLUMNS = ("n", *runs.METRICS_SHOWN, "tp", "tn", "fp", "fn")
+PREDICTIONS = "path,label,fold,probability,predicted\na,1,0,0.5,1\nb,0,0,0.5,0\n"
 METRICS = "".join(
     f"{row},{','.join(values)}\n"
     for row, values in [
-        ("fold", page.METRICS_SHOWN), *((row, 5 * ["0.5"]) for row in ("0", *page.SUMMARY_ROWS))
+        ("fold", COLUMNS), *((row, len(COLUMNS) * ["0.5"]) for row in ("0", *SUMMARY_ROWS))
     ]
 )  # fmt: skip
 
@@ -204,16 +207,18 @@ METRICS = "".join(
     ("name", "content"),
     [
         ("metrics.csv", METRICS.replace("0.5", "<b>", 1)),
-        ("metrics.csv", METRICS + "pooled,0.5,0.5,0.5,0.5,0.5\n"),
-        ("predictions.csv", "label\n" + "9" * 400 + "\n"),
+        ("metrics.csv", METRICS + "pooled" + len(COLUMNS) * ",0.5" + "\n"),
+        ("predictions.csv", PREDICTIONS.replace(",1,", "9" * 400, 1)),
+        ("predictions.csv", PREDICTIONS + "a,1,0,0.5,1\n"),
     ],
 )
 def test_hostile_tables_of_a_run(inputs, tmp_path, refusal, name, content):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.csv").write_text(METRICS)
-    (run / "predictions.csv").write_text("label\n1\n0\n")
-    assert page.load_run(run).n_patients == 1
+    (run / "predictions.csv").write_text(PREDICTIONS)
+    (loaded,) = runs.load_runs([run])
+    assert loaded.predictions["label"].sum() == 1
     (run / name).write_text(content)
     message = refusal(compare, [*inputs, "--run", run, "--outpath", tmp_path / "out"])
     assert f"--run {run} is no finished run" in message and name in message

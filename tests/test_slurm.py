@@ -9,8 +9,11 @@ import pytest
 from conftest import N_FOLDS, N_SCANS, train_arguments
 from processes import ENVIRONMENT, ROOT, finish, heatmap_arguments, significant, start
 
+import models
+
 SLURM = ROOT / "examples" / "slurm"
 SCRIPTS = ("job_array.sh", "torchrun.sh")
+MODELS = [name for name in models.MODELS if "T" not in name]
 SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
 
 
@@ -36,10 +39,11 @@ def cluster(tmp_path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def submit(script: str, cluster: dict[str, str], *arguments: object) -> None:
+def submit(
+    script: str, cluster: dict[str, str], *arguments: object, n_tasks: int | None = None
+) -> None:
     """Run a script as Slurm would: each task of an array, or the one job."""
-    tasks = range(N_FOLDS) if script == "job_array.sh" else [0]
-    for task in tasks:
+    for task in range(n_tasks or (N_FOLDS if script == "job_array.sh" else 1)):
         done = subprocess.run(
             ["bash", SLURM / script, *map(str, arguments)], cwd=ROOT, capture_output=True,
             text=True, env=cluster | {"SLURM_ARRAY_TASK_ID": str(task)},
@@ -49,7 +53,7 @@ def submit(script: str, cluster: dict[str, str], *arguments: object) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_slurm_scripts_are_shell(script):
-    assert sorted(path.name for path in SLURM.iterdir()) == list(SCRIPTS)
+    assert sorted(path.name for path in SLURM.iterdir()) == sorted((*SCRIPTS, "sweep.sh"))
     assert subprocess.run(["bash", "-n", SLURM / script], check=True).returncode == 0
     assert "#SBATCH --time" in (SLURM / script).read_text()
 
@@ -71,6 +75,27 @@ def test_what_srun_is_given(tmp_path, cluster, script):
     assert "cache-dir" not in given
     if script == "torchrun.sh":
         assert " --kill-on-bad-exit=1 torchrun " in given and "localhost:10007 " in given
+
+
+def test_a_sweep_trains_each_published_model_and_ends_in_a_table(tmp_path, cluster):
+    given_path = tmp_path / "scratch" / "given.txt"
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/usr/bin/env bash\necho "$@" >> "$TMPDIR/given.txt"\n'
+    )
+    submit("sweep.sh", cluster, tmp_path / "sweep", "--path", "a b.csv", n_tasks=32)
+    lines = given_path.read_text().splitlines()
+    for name, line in zip(MODELS, lines, strict=True):
+        assert line.startswith("python3 train_cv.py --path a b.csv --model")
+        assert f" --model {name} --outpath {tmp_path / 'sweep' / name} " in line
+    for name in ("modelA24", "modelB28"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        (tmp_path / "sweep" / name / "metrics.csv").touch()
+    (tmp_path / "sweep" / "modelC32").mkdir()  # not finished
+    submit("sweep.sh", cluster, "--table", tmp_path / "sweep", n_tasks=1)
+    folder = tmp_path / "sweep"
+    assert given_path.read_text().splitlines()[-1] == (
+        f"python3 compare.py --run {folder}/modelA24 {folder}/modelB28 --outpath {folder}"
+    )
 
 
 @pytest.mark.slow

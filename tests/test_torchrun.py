@@ -33,8 +33,8 @@ def test_two_processes_train_the_folds_of_one(cohort_csv, run_path, tmp_path):
     output, messages = finish(torchrun(2, "train_cv.py", *train_arguments(cohort_csv, tmp_path)))
     assert significant(tmp_path) == significant(run_path)
     assert output.count("pooled_low") == 1
-    assert "[rank 0] fold 0 epoch   1" in messages and "[rank 1]" not in messages
-    assert "[rank 1] INFO fold 1 epoch   1" in (tmp_path / "train_cv.rank1.log").read_text()
+    assert "[rank 0] fold 0 epoch 1/2: " in messages and "[rank 1]" not in messages
+    assert "[rank 1] INFO fold 1 epoch 1/2: " in (tmp_path / "train_cv.rank1.log").read_text()
     assert not (tmp_path / ".cache").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(cohort_csv, tmp
     n_epochs = len(content["state"]["history"])
     finish(torchrun(2, "train_cv.py", *arguments))
     assert list(pd.read_csv(tmp_path / "history_f1.csv")["epoch"]) == list(range(1, 201))
-    assert f"fold 1 epoch {n_epochs + 1:3d}" in (tmp_path / "train_cv.rank1.log").read_text()
+    assert f"fold 1 epoch {n_epochs + 1}/200" in (tmp_path / "train_cv.rank1.log").read_text()
     assert n_epochs < 200
 
 

@@ -24,6 +24,8 @@ from torch.nn.functional import cross_entropy
 import dataset
 import models
 import train_cv
+from reporting import metrics
+from run_folder import checkpoints
 from utils import RunError
 
 TIMED = {"run.json", "train_cv.log"}  # hold times, or paths
@@ -55,6 +57,7 @@ def test_output_tree(run_path):
              "loss_curves.png", "roc.png", "train_cv.log", ".locks"}  # fmt: skip
     for fold in range(N_FOLDS):
         names |= {f"state_dict_f{fold}.pth", f"history_f{fold}.csv", f"predictions_f{fold}.csv"}
+        names |= {f"training_f{fold}.csv"}
         names |= {f"train_loss_f{fold}.npy", f"valid_loss_f{fold}.npy"}
     assert {path.name for path in run_path.iterdir()} == names
 
@@ -178,14 +181,93 @@ def test_early_stopping_keeps_the_best_epochs_weights(cohort_csv, tmp_path):
 
 def test_a_training_loss_that_is_not_finite_stops_the_run(cohort_csv, tmp_path, capsys):
     assert exit_status(train_cv, train_arguments(cohort_csv, tmp_path, "--lr", "1e30")) == 1
-    assert "not finite in fold 0, epoch 1" in capsys.readouterr().err
+    assert "not finite in fold 0 epoch 1/2" in capsys.readouterr().err
     assert not (tmp_path / "state_dict_f0.pth").exists()
 
 
 def test_a_validation_loss_that_is_not_finite_names_the_epoch():
     logits = torch.tensor([[0.0, 1], [np.nan, 0]])
     with pytest.raises(RunError, match="fold 2, epoch 3"):
-        train_cv.validate(logits, np.array([0, 1]), "fold 2, epoch 3")
+        metrics.of_validation(logits, np.array([0, 1]), "fold 2, epoch 3")
+
+
+# Folds that have not learned
+
+
+def test_a_fold_that_has_not_learned_begins_anew(cohort_csv, tmp_path, caplog):
+    """The first draw's weights are those without restarts; the kept one is in all tables."""
+    slow = ("--lr", "1e-9", "--only-fold", "0")
+    train(cohort_csv, tmp_path / "one", *slow)
+    caplog.clear()
+    train(cohort_csv, tmp_path / "run", *slow, "--restarts", "2")
+    assert len([m for m in caplog.messages if "fold 0 has not learned: the loss" in m]) == 3
+    draws = pd.read_csv(tmp_path / "run" / "training_f0.csv")
+    assert draws["draw"].tolist() == [0, 1, 2] and draws["learned"].tolist() == [0, 0, 0]
+    assert draws["valid_loss"].nunique() == 3 and draws["train_loss_kept"].nunique() == 3
+    kept = draws["valid_loss"].idxmin()
+    assert draws["kept"].tolist() == [int(i == kept) for i in range(3)]
+    history = pd.read_csv(tmp_path / "run" / "history_f0.csv")
+    assert history["valid_loss"].min() == pytest.approx(draws["valid_loss"].min())
+    (first,) = pd.read_csv(tmp_path / "one" / "training_f0.csv").to_dict("records")
+    assert first | {"kept": 0} == draws.iloc[0].to_dict() | {"kept": 0}
+
+
+def test_a_fold_that_learns_does_not_begin_anew(cohort_csv, tmp_path):
+    """Its loss is the mean over its training scans, by its kept weights."""
+    train(cohort_csv, tmp_path, "--only-fold", "0", "--restarts", "2", "--lr", "1e-2",
+          "--epochs", "12", "--patience", "12")  # fmt: skip
+    (draw,) = pd.read_csv(tmp_path / "training_f0.csv").to_dict("records")
+    cohort = dataset.read_cohort(cohort_csv)
+    model = models.build_model("modelT8", SHAPE)
+    model.load_state_dict(weights_of(tmp_path))
+    rows = np.flatnonzero(pd.read_csv(tmp_path / "splits.csv")["fold_0"] == "train")
+    logits = train_cv.predict(model, cohort.volumes(None, 0), rows, 4, torch.device("cpu"))
+    labels = torch.tensor(cohort.labels[rows])
+    assert draw["train_loss_kept"] == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-5)
+    shares = np.bincount(labels) / len(labels)
+    assert draw["label_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert draw["learned"] == 1 and draw["train_loss_kept"] < 0.95 * draw["label_entropy"]
+
+
+def test_killed_within_a_restart_it_ends_the_same(cohort_csv, tmp_path, monkeypatch):
+    options = ("--lr", "1e-9", "--only-fold", "0", "--restarts", "2")
+    train(cohort_csv, tmp_path / "whole", *options)
+    n_saved, save = [], checkpoints.save
+
+    def save_and_stop(*arguments) -> None:
+        save(*arguments)
+        n_saved.append(1)
+        if len(n_saved) == 3:  # the first epoch of the first restart
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(cohort_csv, tmp_path / "killed", *options)
+    assert not (tmp_path / "killed" / "training_f0.csv").exists()
+    train(cohort_csv, tmp_path / "killed", *options)
+    found, expected = contents(tmp_path / "killed"), contents(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    compared = [name for name in found if not name.endswith((".png", ".log"))]
+    assert not [name for name in compared if found[name] != expected[name]]
+
+
+def test_another_number_of_restarts_is_refused(run_path, cohort_csv, tmp_path, refusal):
+    arguments = train_arguments(cohort_csv, run_path, "--restarts", "2")
+    assert "--restarts 2 (the run has 0)" in refusal(train_cv, arguments)
+    arguments = train_arguments(cohort_csv, tmp_path, "--restarts", "-1")
+    assert "--restarts: must be at least 0" in refusal(train_cv, arguments)
+
+
+def test_the_run_ends_with_its_finding_and_the_next_command(cohort_csv, tmp_path, capsys):
+    train(cohort_csv, tmp_path, "--lr", "1e-9")
+    *_, finding, folder, following = capsys.readouterr().out.splitlines()
+    assert finding.startswith("ROC AUC 0.") and finding.endswith("Maps explain nothing.")
+    assert "folds 0, 1 did not learn" in finding and folder == str(tmp_path)
+    assert following.startswith(f"next: python3 heatmap.py --path {cohort_csv} --model modelT8")
+    assert finding in (tmp_path / "train_cv.log").read_text()
+    table = pd.read_csv(tmp_path / "metrics.csv", dtype=str).set_index("fold")
+    assert table["learned"][["0", "1"]].tolist() == ["0", "0"]
+    assert table["n"]["pooled"] == str(N_SCANS) and table["epoch"]["0"] in ("1", "2")
 
 
 def test_defaults_are_the_papers_and_help_names_them(capsys):

@@ -27,9 +27,11 @@ def test_number():
 
 
 def test_help_shows_defaults_but_not_of_flags():
-    parser = utils.make_parser("What it does.", "--path", "--seed", "--overwrite", "--device")
+    parser = utils.make_parser(
+        "What it does.", "own", "--path", "--seed", "--overwrite", "--device"
+    )
     shown = " ".join(parser.format_help().split())
-    assert "seed of all random draws (default: 0)" in shown and "header row (required)" in shown
+    assert "seed of all random draws (default: 0)" in shown
     assert "None" not in shown and "False" not in shown
 
 

@@ -14,6 +14,7 @@ from conftest import SHAPE, make_volume, save_scan
 
 import compare
 from comparing import page
+from comparing.runs import Run
 from comparing.space import Map
 
 BROWSER = shutil.which("chromium")
@@ -105,7 +106,7 @@ def test_warnings(tmp_path):
     """Of degenerate maps, folds below chance, and IG whose sums are far off."""
     table = pd.DataFrame({"map": ["LRP", "IG"], "degenerate": [True, False]})
     metrics = pd.DataFrame({"roc_auc": [0.4, 0.6, 0.3]}, index=["0", "1", "mean"])
-    runs = [page.Run("net", metrics, 3, 3, [])]
+    runs = [Run("net", tmp_path, metrics, pd.DataFrame(), None, [])]
     maps = {}
     for name, error in (("IG", 0.2), ("close", 0.01)):
         maps[name] = Map(tmp_path / f"{name}.nii.gz", None, [])

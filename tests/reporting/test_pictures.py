@@ -2,6 +2,7 @@
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import AFFINE, SHAPE, make_volume, save_scan
 
@@ -43,3 +44,18 @@ def test_a_map_with_a_qform_only_is_drawn_without_nilearns_warning(tmp_path):
         img.set_sform(None, 0)
         nib.save(img, tmp_path / name)
     pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title")
+
+
+def test_loss_curves_mark_folds_that_have_not_learned(tmp_path, monkeypatch):
+    """A line is the labels' entropy; the dot is the kept epoch, which need not be the lowest."""
+    history = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [0.7, 0.6, 0.5],
+                            "valid_loss": [0.7, 0.65, 0.649], "best": [1, 1, 0]})  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, *path: drawn.append(figure))
+    pictures.plot_loss_curves(tmp_path / "a.png", {0: history, 3: history}, 0.5623, [3])
+    first, second = drawn[0].axes
+    assert (first.get_title(), second.get_title()) == ("fold 0", "fold 3: not learned")
+    assert second.title.get_color() != first.title.get_color()
+    lines = {line.get_label(): line for line in first.get_lines()}
+    assert set(lines["nothing learned"].get_ydata()) == {0.5623}
+    assert lines["kept"].get_xydata().tolist() == [[2, 0.65]]

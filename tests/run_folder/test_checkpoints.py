@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from run_folder import checkpoints
-from run_folder.checkpoints import FoldState
+from run_folder.checkpoints import Draw, FoldState
 from utils import InputError
 
-MEASURED = {"train_loss": 1.0, "valid_loss": 0.7, "valid_accuracy": 0.5, "seconds": 0.1}
+MEASURED = {
+    "train_loss": 1.0, "valid_loss": 0.7, "valid_accuracy": 0.5, "valid_roc_auc": 0.75,
+    "seconds": 0.1,
+}  # fmt: skip
+UNLEARNED = {"train_loss_kept": 0.69, "label_entropy": 0.6931, "learned": 0}
 
 
 class Spy:
@@ -42,7 +46,7 @@ def train(model: nn.Module, optimizer: torch.optim.Adam, n_steps: int) -> None:
 
 def test_an_epoch_is_best_if_lower_by_more_than_delta():
     model, _ = make_network()
-    state, found = FoldState(), []
+    state, found = Draw(), []
     for loss in (0.9, 0.85, 0.7, 0.65, 0.55, 0.1):
         is_best = state.add(model, delta=0.125, **MEASURED | {"valid_loss": loss})
         found.append((is_best, state.best_loss, state.epochs_without_gain))
@@ -51,10 +55,28 @@ def test_an_epoch_is_best_if_lower_by_more_than_delta():
         (True, 0.1, 0),
     ]  # fmt: skip
     assert state.epoch == 6 and [line["epoch"] for line in state.history] == [1, 2, 3, 4, 5, 6]
-    assert state.history[1] == {"epoch": 2, **MEASURED, "valid_loss": 0.85}
-    state = FoldState()
+    assert state.history[1] == {"epoch": 2, **MEASURED, "valid_loss": 0.85, "best": 0}
+    state = Draw()
     assert state.add(model, float("inf"), **MEASURED)  # the first is best whatever its loss
     assert not state.add(model, 0.0, **MEASURED)  # an equal loss is no gain
+
+
+@pytest.mark.parametrize(
+    ("losses", "learned", "expected"),
+    [([0.5, 0.7, 0.4], [0, 1, 0], 1), ([0.5, 0.4, 0.6], [0, 0, 0], 1), ([0.5], [1], 0)],
+    ids=["the-first-that-learned", "the-lowest-loss", "one"],
+)
+def test_which_draw_of_weights_is_kept(losses, learned, expected):
+    model, _ = make_network()
+    state = FoldState()
+    for loss, is_learned in zip(losses, learned, strict=True):
+        assert not state.is_done(len(losses) - 1)
+        state.draw.add(model, 0.0, **MEASURED | {"valid_loss": loss})
+        state.end_draw(**UNLEARNED | {"learned": is_learned})
+        if is_learned:
+            break
+    assert state.is_done(len(losses) - 1) and state.kept.number == expected
+    assert state.draws()["kept"].tolist() == [int(i == expected) for i in range(len(state.ended))]
 
 
 # Checkpoints
@@ -64,16 +86,21 @@ def test_resuming_equals_not_having_stopped(tmp_path):
     """With Adam's moments and running statistics; the options are the command's."""
     model, optimizer = make_network()
     state = FoldState()
-    state.add(model, 0.0, **MEASURED)
+    state.draw.add(model, 0.0, **MEASURED)
+    state.end_draw(**UNLEARNED)
+    state.draw.add(model, 0.0, **MEASURED)
     train(model, optimizer, 3)
-    assert not torch.equal(model[0].weight, state.best_weights["0.weight"])  # which is a copy
-    state.add(model, 0.0, **MEASURED)
+    best_weights = state.draw.best_weights
+    assert not torch.equal(model[0].weight, best_weights["0.weight"])  # which is a copy
+    state.draw.add(model, 0.0, **MEASURED)
     checkpoints.save(tmp_path, 4, model, optimizer, state)
     other, other_optimizer = make_network(lr=0.5)
     assert checkpoints.resume(tmp_path, 3, other, other_optimizer) == FoldState()  # never began
     found = checkpoints.resume(tmp_path, 4, other, other_optimizer)
-    assert (found.history, found.best_loss, found.epochs_without_gain) == (state.history, 0.7, 1)
-    assert all(torch.equal(v, found.best_weights[k]) for k, v in state.best_weights.items())
+    assert (found.draw.history, found.ended) == (state.draw.history, state.ended)
+    assert (found.draw.number, found.draw.best_loss, found.draw.epochs_without_gain) == (1, 0.7, 1)
+    assert all(torch.equal(v, found.draw.best_weights[k]) for k, v in best_weights.items())
+    assert found.kept.history == state.kept.history and found.kept.best_weights.keys()
     (group,) = other_optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.5)
     group |= {"lr": 1e-2, "weight_decay": 1e-2}
@@ -97,7 +124,7 @@ def write_of_other_width(path) -> None:
     """Write a checkpoint, or weights, of a wider network."""
     model, optimizer = make_network(width=4)
     state = FoldState()
-    state.add(model, 0.0, **MEASURED)
+    state.draw.add(model, 0.0, **MEASURED)
     checkpoints.save(path.parent, 0, model, optimizer, state)
     if path.suffix == ".pth":
         checkpoints.write(path, model.state_dict())
@@ -111,8 +138,8 @@ def write_of_other_width(path) -> None:
         lambda path: path.write_bytes(b"PK\x03\x04 no archive"),
         lambda path: path.write_bytes(path.read_bytes()[:-200]),
         saved([1, 2]),
-        saved({"state": 3}),
-        saved({"state": {"unknown": 1}, "model": {}, "optimizer": {}}),
+        saved({"draw": 3}),
+        saved({"draw": {"unknown": 1}, "kept": {}, "ended": [], "model": {}, "optimizer": {}}),
         saved({"0.weight": "text"}),
         saved(Spy()),
         write_of_other_width,
@@ -125,7 +152,7 @@ def test_what_is_no_checkpoint_of_this_network_is_refused(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     model, optimizer = make_network()
     state = FoldState()
-    state.add(model, 0.0, **MEASURED)
+    state.draw.add(model, 0.0, **MEASURED)
     checkpoints.save(tmp_path, 0, model, optimizer, state)
     checkpoints.write(tmp_path / "state_dict_f0.pth", model.state_dict())
     spoil(tmp_path / "checkpoint_f0.pt")
@@ -197,7 +224,7 @@ def test_a_finished_fold_writes_its_predictions_last(tmp_path, monkeypatch):
     model, optimizer = make_network()
     state = FoldState()
     for loss in (0.5, 0.25):
-        state.add(model, 0.0, **MEASURED | {"valid_loss": loss})
+        state.draw.add(model, 0.0, **MEASURED | {"valid_loss": loss})
     checkpoints.save(tmp_path, 1, model, optimizer, state)
     written, rename = [], type(tmp_path).replace
 
@@ -208,10 +235,15 @@ def test_a_finished_fold_writes_its_predictions_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "replace", note)
     table = pd.DataFrame({"path": ["a.nii"], "probability": [0.5]})
+    state.end_draw(**UNLEARNED)
     checkpoints.write_fold(tmp_path, 1, state, table)
     assert set(written) == {path.name for path in tmp_path.iterdir()}
-    assert written[-1] == "predictions_f1.csv" and len(written) == 5
+    assert written[-1] == "predictions_f1.csv" and len(written) == 6
     assert np.load(tmp_path / "valid_loss_f1.npy").tolist() == [0.5, 0.25]
     history = pd.read_csv(tmp_path / "history_f1.csv")
-    assert history.to_dict("records") == state.history
+    assert history.to_dict("records") == state.kept.history
+    assert checkpoints.read_kept(tmp_path, 1).to_dict() == {
+        "draw": 0, "epoch": 2, "valid_loss": 0.25, "valid_roc_auc": 0.75, "train_loss_kept": 0.69,
+        "learned": 0,
+    }  # fmt: skip
     checkpoints.load_weights(checkpoints.weights_path(tmp_path, 1), model)
