@@ -34,6 +34,7 @@ from loading import image
 from reporting import maps, metrics, pictures
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
 from run_folder import checkpoints, files, folds, trained_run
+from run_folder import device as devices
 from run_folder.processes import from_first, run_script
 from run_folder.run import RunFolder, locked, new_record
 from run_folder.trained_run import TrainedFold
@@ -98,7 +99,7 @@ def draw_weights(
     They are cumulative averages over scans that the fold was trained on, in the run's batch size.
     Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
     """
-    utils.seed_everything(args.seed, fold.number, purpose="untrained")
+    devices.seed_everything(args.seed, fold.number, purpose="untrained")
     untrained = models.build_model(args.model, cohort.volume_shape)  # on the CPU, wherever it runs
     model.load_state_dict(untrained.state_dict())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
@@ -325,7 +326,7 @@ def dry_run(
             seconds = (time.perf_counter() - start) / args.batch
         utils.say(
             f"{method}: {utils.duration(seconds)} a scan, {utils.duration(seconds * n_scans)} in "
-            f"all, peak memory {utils.peak_gb(device):.3g} GB"
+            f"all, peak memory {devices.peak_gb(device):.3g} GB"
         )
     n_maps = (len(plan) + 1) * (5 if args.by_outcome else 1) + n_scans * args.save_subjects
     maps_gb = len(args.method) * n_maps * 4e-9 * np.prod(cohort.volume_shape)
@@ -381,8 +382,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Explain every fold's scans, then put the folds together."""
     utils.start_log()
-    utils.set_precision("fp32")
-    device = utils.find_device(args.device)
+    devices.set_precision("fp32")
+    device = devices.find_device(args.device)
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
@@ -405,7 +406,7 @@ def main(args: argparse.Namespace) -> None:
         return dry_run(args, cohort, plan, model, device) if utils.is_first() else None
     runs = from_first(lambda: {m: run.start(args.overwrite) for m, run in runs.items()})
     utils.start_log(args.outpath / "heatmap.log", args.only_fold)
-    device_text = utils.describe_device(device)
+    device_text = devices.describe_device(device)
     log.info("%s of folds %s on %s", " ".join(args.method), wanted, device_text)
     verdict = metrics.read_verdict(args.modelpath)
     finding = verdict.sentence if verdict else f"{args.modelpath} has no metrics.csv to judge it by"

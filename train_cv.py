@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ import utils
 from loading.cache import Volumes
 from reporting import metrics, pictures
 from run_folder import checkpoints, files, folds, trained_run
+from run_folder import device as devices
 from run_folder.processes import from_first, run_script, wait_for_all
 from run_folder.run import RunFolder, locked, new_record
 from utils import InputError, log
@@ -70,9 +71,9 @@ def make_network(
 ) -> tuple[nn.Module, torch.optim.Adam]:
     """Return a freshly drawn network and its optimiser."""
     if draw == 0:
-        utils.seed_everything(args.seed, fold, 0)
+        devices.seed_everything(args.seed, fold, 0)
     else:
-        utils.seed_everything(args.seed, fold, draw, purpose="restart")
+        devices.seed_everything(args.seed, fold, draw, purpose="restart")
     model = models.build_model(args.model, shape)
     model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     return model, torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
@@ -81,10 +82,11 @@ def make_network(
 @torch.no_grad()
 def predict(
     model: nn.Module, volumes: Volumes, rows: np.ndarray, batch: int, device: torch.device
-) -> Tensor:
-    """Return logits (n, 2) of scans, on the CPU."""
+) -> np.ndarray:
+    """Return logits (n, 2) of scans."""
     model.eval()
-    return torch.cat([model(scans) for scans, _ in volumes.batches(rows, batch, device)]).cpu()
+    logits = [model(scans) for scans, _ in volumes.batches(rows, batch, device)]
+    return torch.cat(logits).double().cpu().numpy()
 
 
 def train_draw(
@@ -97,8 +99,8 @@ def train_draw(
     in_precision = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     while draw.epoch < args.epochs and draw.epochs_without_gain < args.patience:
         start, epoch, losses, sizes = time.perf_counter(), draw.epoch + 1, [], []
-        utils.seed_everything(args.seed, fold, epoch)  # dropout
-        order = utils.shuffled(train, args.seed, fold, epoch)
+        devices.seed_everything(args.seed, fold, epoch)  # dropout
+        order = devices.shuffled(train, args.seed, fold, epoch)
         batches = volumes.batches(order, args.batch, device)
         n_steps, place = -(-len(train) // args.batch), f"fold {fold} epoch {epoch}/{args.epochs}"
         model.train()
@@ -110,7 +112,7 @@ def train_draw(
             optimizer.step()
             losses.append(loss.detach())
             sizes.append(len(labels))
-        train_loss = metrics.mean_loss(losses, sizes, place)
+        train_loss = metrics.mean_loss(torch.stack(losses).double().cpu().numpy(), sizes, place)
         logits = predict(model, volumes, val, args.batch, device)
         of_val = metrics.of_validation(logits, cohort.labels[val], place)
         seconds = time.perf_counter() - start
@@ -120,7 +122,7 @@ def train_draw(
         left = args.epochs - epoch
         left_s = [n * seconds for n in (min(left, args.patience - draw.epochs_without_gain), left)]
         log.info(
-            EPOCH_LINE, place, train_loss, *of_val.values(), seconds, utils.peak_gb(device),
+            EPOCH_LINE, place, train_loss, *of_val.values(), seconds, devices.peak_gb(device),
             *map(utils.duration, left_s), "; best so far" * is_best,
         )  # fmt: skip
         files.write_csv(args.outpath / f"history_f{fold}.csv", pd.DataFrame(draw.history))
@@ -197,7 +199,7 @@ def dry_run(
             loss = cross_entropy(model.train()(scans), labels)
         loss.backward()
         optimizer.step()
-        metrics.mean_loss([loss.detach()], [len(labels)], "a training step")
+        metrics.mean_loss(np.array([loss.item()]), [len(labels)], "a training step")
         step_s = time.perf_counter() - start
     weights_gb = 4e-9 * sum(parameter.numel() for parameter in model.parameters())
     needs = {"weights": (weights_gb * (args.fold + 4), args.outpath)}  # 4: a fold's checkpoint
@@ -210,7 +212,7 @@ def dry_run(
     utils.say(
         f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
         f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
-        f"{utils.peak_gb(device):.3g} GB",
+        f"{devices.peak_gb(device):.3g} GB",
         f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
         f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
         *files.check_room(needs),
@@ -265,9 +267,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="a new best is lower than the best validation loss by more than this")
     option("--val-fraction", type=number(float, above=0, below=1), default=folds.VAL_FRACTION,
            help="share of a fold's other scans that validate")
-    option("--precision", choices=utils.PRECISIONS, default="fp32", group="compute",
+    option("--precision", choices=utils.PRECISIONS, default=None, group="compute",
            help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
-           "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32")
+           "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32; left "
+           "out: what torch does, on a GPU tf32 in convolutions")
     option("--no-cache", action="store_true", group="compute",
            help="decode every scan anew in every epoch")
     # fmt: on
@@ -283,13 +286,14 @@ def main(args: argparse.Namespace) -> None:
             f"{utils.world_size()} processes are more than the {len(wanted)} folds to train: start "
             f"{len(wanted)}, or one job a fold with --only-fold"
         )
-    utils.set_precision(args.precision)
-    device = utils.find_device(args.device)
+    device = devices.find_device(args.device)
+    devices.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     models.build_model(args.model, cohort.volume_shape)
     splits = from_first(lambda: folds.draw(cohort.table, args.fold, args.val_fraction, args.seed))
     facts = {"model": args.model, "n_folds": args.fold, "seed": args.seed,
-             "device": utils.describe_device(device), **cohort.facts(args.path)}  # fmt: skip
+             "device": devices.describe_device(device), "gpu": devices.gpu_versions(device),
+             **cohort.facts(args.path)}  # fmt: skip
     record = new_record("train_cv.py", vars(args), **facts)
     run = RunFolder(args.outpath, "run", record, COMPARED, RESULTS)
     folder = None if args.no_cache else args.cache_dir or args.outpath / ".cache"
@@ -300,12 +304,15 @@ def main(args: argparse.Namespace) -> None:
     from_first(lambda: volumes.check_room() if run.unfinished(wanted) else None)
     run = from_first(lambda: run.start(args.overwrite, {"splits.csv": splits}))
     utils.start_log(args.outpath / "train_cv.log", args.only_fold)
+    then, now = str(run.record.get("device")), record["device"]
+    if then[:3] != now[:3]:  # cpu, or cuda
+        log.warning("the run was begun on %s, and goes on on %s: it will not repeat", then, now)
     splits = from_first(lambda: folds.read(args.outpath / "splits.csv", cohort.table, cohort.scans))
     todo = from_first(lambda: run.unfinished(wanted))
     shape = "×".join(map(str, cohort.volume_shape))
     log.info(
         "%d scans of %s voxels on %s; folds to train: %s",
-        len(cohort.scans), shape, utils.describe_device(device), todo or "none",
+        len(cohort.scans), shape, devices.describe_device(device), todo or "none",
     )  # fmt: skip
 
     with utils.log_above_bars():
@@ -313,6 +320,7 @@ def main(args: argparse.Namespace) -> None:
         if mine:
             volumes.fill()
             write_scans(args.outpath, cohort, volumes)
+            volumes.keep_on(device)
         bar = utils.progress(total=len(mine) * args.epochs, description="at most", unit="epoch")
         for fold in mine:
             with run.hold(fold) as is_unfinished:

@@ -1,4 +1,4 @@
-"""What every script shares: errors, options, device, seeds, log, progress."""
+"""What every script shares: errors, options, seeds, log, progress."""
 
 import argparse
 import contextlib
@@ -6,8 +6,6 @@ import io
 import logging
 import os
 import platform
-import random
-import resource
 import shlex
 import sys
 import zlib
@@ -17,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -189,51 +186,6 @@ def command(script: str, args: argparse.Namespace, *names: str, **others: object
     return shlex.join(words)
 
 
-def find_device(name: str | None) -> torch.device:
-    """Return the device of --device (None: the first GPU if any); an InputError if missing."""
-    n_gpus = torch.cuda.device_count()
-    if name is None and 0 < n_gpus <= local_rank():
-        raise InputError(f"this host has {n_gpus} GPUs: use --nproc-per-node {n_gpus}")
-    if name is None:
-        name = f"cuda:{local_rank()}" if n_gpus else "cpu"
-    elif name != "cpu" and world_size() > 1:
-        raise InputError("leave --device out under torchrun: each process takes a GPU of its own")
-    try:
-        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
-    except RuntimeError:
-        raise InputError(f"--device must be a GPU index, cuda:INDEX or cpu, got {name!r}") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or (device.index or 0) >= n_gpus:
-        raise InputError(
-            f"--device {name}: there is no such GPU here ({n_gpus} found); use --device cpu to run "
-            "on the CPU"
-        )
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the device's name for logs and run.json."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def set_precision(name: str) -> None:
-    """Let float32 round to TF32 on a GPU ("tf32"), or keep it exact ("fp32", "bf16")."""
-    for kernels in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        kernels.fp32_precision = "tf32" if name == "tf32" else "ieee"
-
-
-def peak_gb(device: torch.device) -> float:
-    """Return the peak memory in GB so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def derived_seed(*keys: int, purpose: str = "") -> int:
     """Return a 63-bit seed that depends on the given non-negative integers and their order only.
 
@@ -242,20 +194,6 @@ def derived_seed(*keys: int, purpose: str = "") -> int:
     """
     keys = (*keys, zlib.crc32(purpose.encode())) if purpose else keys
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def seed_everything(*keys: int, purpose: str = "") -> None:
-    """Seed torch (CPU and GPU), numpy and Python as `derived_seed` says."""
-    seed = derived_seed(*keys, purpose=purpose)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries may draw from the global generator)
-    torch.manual_seed(seed)
-
-
-def shuffled(rows: np.ndarray, *keys: int) -> np.ndarray:
-    """Return rows in an order that depends on the given integers only."""
-    generator = torch.Generator().manual_seed(derived_seed(*keys))
-    return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
 
 def printable(text: str) -> str:

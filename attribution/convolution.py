@@ -1,6 +1,10 @@
 """Sums over inputs and outputs of convolutions of stride 1 without padding, and fast gradients."""
 
+import functools
 import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -10,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 # a 2×2×4 block of voxels fills the 16 lanes of a vector register
 BLOCK = (2, 2, 4)
+PROBED = 32  # voxels a side
+
+log = logging.getLogger("heatmaps.attribution")
 
 
 class Propagate(torch.autograd.Function):
@@ -53,6 +60,37 @@ def sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return functional.linear(inputs, weight)
     return functional.conv3d(inputs, weight)
+
+
+@contextmanager
+def exact_sums(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Make `sums` exactly 0 where nothing enters, for the time of a block.
+
+    FFT and Winograd convolutions leave rounding there, which the β-rule would divide by: cuDNN is
+    left out where it chooses one of them.
+    """
+    before = torch.backends.cudnn.enabled
+    try:
+        if isinstance(layer, nn.Conv3d) and not _leaves_zeros(device, tuple(layer.weight.shape)):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@functools.cache
+def _leaves_zeros(device: torch.device, weight_shape: tuple[int, ...]) -> bool:
+    """Tell whether a convolution with such a weight is exactly 0 where it sees only zeros."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(weight_shape, generator=generator)
+    sides = [PROBED + k for k in weight_shape[2:]]
+    volume = torch.rand(1, weight_shape[1], *sides, generator=generator)
+    volume[:, :, : sides[0] // 2] = 0
+    outputs = functional.conv3d(volume.to(device), weight.to(device))
+    is_zero = not outputs[:, :, : sides[0] // 2 - weight_shape[2] + 1].any()
+    if not is_zero:
+        log.info("cuDNN rounds sums of zeros with weights of %s: LRP sums without it", weight_shape)
+    return is_zero
 
 
 def transposed_sums(layer: nn.Module, inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:

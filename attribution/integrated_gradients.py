@@ -17,6 +17,8 @@ from attribution.unmodified import BLOCK, attribute_on
 N_STEPS = 100
 SMALL_VOXELS = 128**3  # library kernels for a CPU are slow on one such volume, not on two
 CHANNELS_AT_ONCE = 8  # before the pooling, where all of them are most of the memory
+COPIES_PER_STEP = 12  # of the first block's outputs, that a step takes in memory
+MAX_STEPS_AT_ONCE = 16
 SPAN = 8  # voxels a side that suffice for layers to compute as they do on whole volumes
 
 
@@ -40,7 +42,8 @@ def integrated_gradients(
     n_steps : int
         At least 2.
     batch_size : int
-        Steps per pass; on a CPU two for small volumes, where one at a time would be slower.
+        Steps per pass; on a CPU two for small volumes, where one at a time would be slower; on a
+        GPU more where they take at most a quarter of its free memory.
 
     Returns
     -------
@@ -76,6 +79,10 @@ def _integrate(
 ) -> Tensor:
     """Integrate gradients on what follows the first pooling, and carry them back once."""
     pooled, winners = block.pooled(volume)
+    if volume.device.type == "cuda":
+        step_bytes = COPIES_PER_STEP * pooled.numel() * pooled.element_size()
+        fitting = torch.cuda.mem_get_info(volume.device)[0] // 4 // step_bytes
+        batch_size = max(batch_size, min(MAX_STEPS_AT_ONCE, n_steps, int(fitting)))
     gradient = IntegratedGradients(block.rest, multiply_by_inputs=False).attribute(
         pooled, target=target, n_steps=n_steps, method="riemann_middle",
         internal_batch_size=batch_size,

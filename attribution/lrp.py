@@ -7,12 +7,21 @@ from captum.attr import LRP
 from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, nn
 
-from attribution.convolution import Bypass, Propagate, channels_last, sums, transposed_sums
+from attribution.convolution import (
+    Bypass,
+    Propagate,
+    channels_last,
+    exact_sums,
+    sums,
+    transposed_sums,
+)  # fmt: skip
 from attribution.unmodified import attribute_on
 
 BETA = 0.5
 STABILIZER = 1e-6  # added to a denominator with the denominator's own sign
 SLAB_NEURONS = 2**23  # of a convolution taken at a time: bounds the memory
+BYTES_PER_NEURON = 256  # of a slab, at most, with kernels' workspaces
+MAX_SLAB_NEURONS = 2**26
 
 
 def lrp(
@@ -20,7 +29,7 @@ def lrp(
     volume: Tensor,
     target: int | Tensor,
     beta: float = BETA,
-    slab_neurons: int = SLAB_NEURONS,
+    slab_neurons: int | None = None,
 ) -> Tensor:
     """Layer-wise relevance propagation with the β-rule.
 
@@ -31,8 +40,9 @@ def lrp(
     volume : Tensor, shape (N, 1, D, H, W), float32
     target : int or int64 Tensor of shape (N,)
     beta : float
-    slab_neurons : int
-        How many neurons of a convolution are taken at a time; it changes the memory only.
+    slab_neurons : int, optional
+        How many neurons of a convolution are taken at a time; it changes the memory only. Left
+        out: 2²³, on a GPU what fits into a quarter of its free memory.
 
     Returns
     -------
@@ -46,9 +56,11 @@ def lrp(
     Bach et al., PLOS ONE 10(7):e0130140, 2015, doi:10.1371/journal.pone.0130140
     """
 
+    n_neurons = slab_neurons or _slab_neurons(volume.device)
+
     def attribute() -> Tensor:
         for layer in (*model.features, *model.classifier):
-            layer.rule = RULES[type(layer)](beta, slab_neurons)
+            layer.rule = RULES[type(layer)](beta, n_neurons)
         return OnePassLRP(model).attribute(volume.detach().clone(), target=target)
 
     return attribute_on(model, attribute)
@@ -85,10 +97,19 @@ def beta_relevance(
     return result
 
 
+def _slab_neurons(device: torch.device) -> int:
+    """Return how many neurons to take at a time."""
+    if device.type == "cpu":
+        return SLAB_NEURONS
+    free_bytes = torch.cuda.mem_get_info(device)[0]
+    return min(MAX_SLAB_NEURONS, max(SLAB_NEURONS, free_bytes // 4 // BYTES_PER_NEURON))
+
+
 def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return what each neuron sends back per unit of z⁺ and of z⁻."""
-    z_positive = sum(sums(layer, part, agreeing) for part, agreeing, _ in parts)
-    z_negative = sum(sums(layer, part, opposing) for part, _, opposing in parts)
+    with exact_sums(layer, parts[0][0].device):
+        z_positive = sum(sums(layer, part, agreeing) for part, agreeing, _ in parts)
+        z_negative = sum(sums(layer, part, opposing) for part, _, opposing in parts)
     no_positive, no_negative = z_positive == 0, z_negative == 0
     share_positive = torch.where(no_negative, relevance, (1 + beta) * relevance)
     share_positive.div_(z_positive.add_(STABILIZER)).masked_fill_(no_positive, 0)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dataset
 import utils
 from benchmarks import measuring
+from run_folder import device as devices
 from train_cv import BATCH
 
 WAYS = {
@@ -52,7 +53,7 @@ def measure(shape: tuple[int, int, int], n_scans: int, n_epochs: int, n_workers:
         csv_path = measuring.write_cohort(Path(name), shape, n_scans, n_scans, ".nii.gz")
         cohort = dataset.read_cohort(csv_path)
         volumes = cohort.volumes(Path(name) / "cache", n_workers)
-        rows = utils.shuffled(np.arange(n_scans), 0)
+        rows = devices.shuffled(np.arange(n_scans), 0)
 
         def plain() -> None:
             for scan in cohort.scans:

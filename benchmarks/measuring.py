@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
 import models
-import utils
+from run_folder import device as devices
 
 QUICK = {"model": "modelA24", "shape": [110, 112, 111], "pairs": 2}  # its smallest side is 110
 FULL = {"model": "modelA24", "shape": [193, 229, 193], "pairs": 1}  # the paper's
@@ -47,7 +47,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what it leaves out is quick, or the paper's with --full."""
     args = parser.parse_args(argv)
-    device = utils.find_device(args.device)
+    device = devices.find_device(args.device)
     args.device = str(device)
     if device.type == "cuda" and args.clock != "wall":
         parser.error("--clock processor does not see what a GPU does")
@@ -63,8 +63,8 @@ def make_case(args: argparse.Namespace, seed: int = SEED) -> tuple[nn.Module, Te
     """Return a network and a volume with zero background, as skull-stripped scans have."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = utils.find_device(args.device)
-    utils.set_precision("fp32")  # for forward passes too
+    device = devices.find_device(args.device)
+    devices.set_precision("fp32")  # for forward passes too
     torch.manual_seed(seed)
     model = models.build_model(args.model, tuple(args.shape)).eval().requires_grad_(False)
     for module in model.modules():

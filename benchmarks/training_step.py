@@ -29,6 +29,7 @@ import models
 import train_cv
 import utils
 from benchmarks import measuring
+from run_folder import device as devices
 
 MEMORY_FORMATS = {
     "NCDHW": torch.contiguous_format,
@@ -42,7 +43,7 @@ class Training:
     """A network and its optimiser, as train_cv.py makes them, and its bare steps."""
 
     def __init__(self, args: argparse.Namespace, precision: str):
-        utils.set_precision(precision)
+        devices.set_precision(precision)
         torch.manual_seed(0)
         device = torch.device(args.device)
         self.model, self.optimizer = train_cv.make_network(args, tuple(args.shape), device)
@@ -92,7 +93,7 @@ def time_epochs(args: argparse.Namespace, precision: str) -> tuple[float, float]
         cohort = dataset.read_cohort(csv_path)
         volumes = cohort.volumes(Path(name) / "cache", utils.N_WORKERS)
         volumes.fill()
-        rows = utils.shuffled(np.arange(len(volumes)), 0)
+        rows = devices.shuffled(np.arange(len(volumes)), 0)
         at_hand = [next(volumes.batches(rows, args.batch, device))] * n_batches
         training.run(at_hand[:1])
         epochs = [lambda: at_hand, lambda: volumes.batches(rows, args.batch, device)]

@@ -20,19 +20,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from loading import image
 from run_folder import files
 from utils import RunError, log, progress, some_of
 
+if TYPE_CHECKING:  # what uses no batches needs no torch
+    import torch
+    from torch import Tensor
+
 SCALING_VERSION = 1  # to be raised when `image.load_volume` gives other voxels
 HEADER_BYTES = 128  # of a .npy file of float32 volumes
 N_AHEAD = 2  # batches
+MAX_SHARE_OF_GPU = 0.4  # of its free memory, that volumes may take for a whole run
+N_COPIED = 8  # volumes at a time
 DARK = 0.2  # 99.9th percentile of a scaled volume, below which a few voxels take the range
 MAX_WRITING_SECONDS = 3600.0  # a temporary file untouched for so long has lost its writer
 OTHER_HALF = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}
@@ -60,6 +65,7 @@ class Volumes:
         self.warned: set[int] = set()  # rows that `_warn` has seen
         if folder is not None:
             self.paths = [folder / f"{_key(scan)}.npy" for scan in scans]
+        self.kept: Tensor | None = None  # all volumes, (n, 1, D, H, W), on a GPU
 
     def __len__(self) -> int:
         return len(self.scans)
@@ -173,13 +179,20 @@ class Volumes:
         return np.load(self.paths[row], mmap_mode="c", allow_pickle=False)
 
     def batches(
-        self, rows: np.ndarray, batch: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, rows: np.ndarray, batch: int, device: "torch.device"
+    ) -> "Iterator[tuple[Tensor, Tensor]]":
         """Yield volumes (N, 1, D, H, W) and labels (N,) of scans, at most `batch` at a time.
 
         The next batches are read meanwhile, for a GPU into pinned memory.
         """
+        import torch
+
         parts = deque(rows[start : start + batch] for start in range(0, len(rows), batch))
+        if self.kept is not None:
+            for part in parts:
+                wanted = torch.from_numpy(part).to(device)
+                yield self.kept[wanted], torch.from_numpy(self.labels[part]).to(device)
+            return
         n_ahead = N_AHEAD if self.folder else max(N_AHEAD, self.n_workers)
         pool, coming = ThreadPoolExecutor(self.n_workers), deque()
         try:
@@ -192,8 +205,29 @@ class Volumes:
             pool.shutdown(cancel_futures=True)
         self._warn()
 
-    def _batch(self, rows: np.ndarray, pinned: bool) -> list[Tensor]:
+    def keep_on(self, device: "torch.device") -> None:
+        """Keep all volumes on a GPU from now on, if they take little of its free memory."""
+        import torch
+
+        if device.type == "cpu" or self.kept is not None:
+            return
+        free_gb = torch.cuda.mem_get_info(device)[0] / 1e9
+        if self.gb > MAX_SHARE_OF_GPU * free_gb:
+            log.info(
+                "the scans take %.3g GB, more than %.0f %% of the %.3g GB that are free on %s: "
+                "they are read in every epoch", self.gb, 100 * MAX_SHARE_OF_GPU, free_gb, device,
+            )  # fmt: skip
+            return
+        rows, kept = np.arange(len(self)), torch.empty(len(self), 1, *self.shape, device=device)
+        bar = progress(self.batches(rows, N_COPIED, device), "copying to the GPU")
+        for first, (volumes, _) in zip(rows[::N_COPIED], bar, strict=True):
+            kept[first : first + N_COPIED] = volumes
+        self.kept = kept
+
+    def _batch(self, rows: np.ndarray, pinned: bool) -> "list[Tensor]":
         """Return volumes and labels of some scans, on the CPU."""
+        import torch
+
         volumes = torch.from_numpy(np.stack([self[row] for row in rows])[:, None])
         tensors = [volumes, torch.from_numpy(self.labels[rows])]
         return [tensor.pin_memory() for tensor in tensors] if pinned else tensors

@@ -7,8 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-import torch
-from torch.nn.functional import cross_entropy
+from scipy.special import log_softmax
 
 from run_folder import files
 from utils import InputError, RunError, derived_seed, named
@@ -234,45 +233,44 @@ def entropy(labels: np.ndarray) -> float:
     return float(-sum(share * np.log(share) for share in shares if share))
 
 
-def _loss(logits: torch.Tensor, labels: np.ndarray) -> float:
+def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean cross-entropy of logits (n, 2)."""
-    return float(cross_entropy(logits.double(), torch.from_numpy(labels)))
+    return float(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean())
 
 
-def of_training(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
+def of_training(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Judge kept weights by the scans that they were trained on: have they learned?"""
     loss, of_labels = _loss(logits, labels), entropy(labels)
     is_learned = loss <= (1 - LEARNED_GAIN) * of_labels
     return {"train_loss_kept": loss, "label_entropy": of_labels, "learned": int(is_learned)}
 
 
-def of_validation(logits: torch.Tensor, labels: np.ndarray, place: str) -> dict[str, float]:
+def of_validation(logits: np.ndarray, labels: np.ndarray, place: str) -> dict[str, float]:
     """Return an epoch's validation loss, accuracy and ROC AUC; a RunError unless it is finite."""
     loss = _loss(logits, labels)
     if not np.isfinite(loss):
         raise RunError(f"the validation loss is not finite in {place}; a smaller --lr may help")
-    scores = (logits[:, 1] - logits[:, 0]).numpy()
+    scores = logits[:, 1] - logits[:, 0]
     return {
         "valid_loss": loss,
-        "valid_accuracy": float((logits.argmax(1).numpy() == labels).mean()),
+        "valid_accuracy": float((logits.argmax(1) == labels).mean()),
         "valid_roc_auc": float(roc_auc(labels, scores, np.ones((1, len(labels))))[0]),
     }
 
 
-def mean_loss(losses: list[torch.Tensor], sizes: list[int], place: str) -> float:
+def mean_loss(losses: np.ndarray, sizes: list[int], place: str) -> float:
     """Return an epoch's mean loss per scan; a RunError naming `place` if one is not finite."""
-    losses, sizes = torch.stack(losses).double().cpu(), torch.tensor(sizes, dtype=torch.float64)
-    bad_batches = (~torch.isfinite(losses)).nonzero().flatten()
+    bad_batches = np.flatnonzero(~np.isfinite(losses))
     if len(bad_batches):
         raise RunError(
-            f"the training loss is not finite in {place}, batch {int(bad_batches[0])}; a smaller "
-            "--lr may help"
+            f"the training loss is not finite in {place}, batch {bad_batches[0]}; a smaller --lr "
+            "may help"
         )
-    return float((losses * sizes).sum() / sizes.sum())
+    return float(np.average(losses, weights=sizes))
 
 
 def predictions_of(
-    fold: int, paths: pd.Series, labels: np.ndarray, logits: torch.Tensor
+    fold: int, paths: pd.Series, labels: np.ndarray, logits: np.ndarray
 ) -> pd.DataFrame:
     """Return a fold's predictions, one row a test scan, from its logits (n, 2)."""
     return pd.DataFrame(
@@ -280,7 +278,7 @@ def predictions_of(
             "path": paths.to_numpy(),
             "label": labels,
             "fold": fold,
-            "probability": torch.softmax(logits.double(), 1)[:, 1].numpy(),
-            "predicted": logits.argmax(1).numpy(),
+            "probability": np.exp(log_softmax(logits, axis=1))[:, 1],
+            "predicted": logits.argmax(1),
         }
     )

@@ -40,7 +40,7 @@ class Draw:
     def add(self, model: nn.Module, delta: float, **measured: float) -> bool:
         """Add an epoch's losses, accuracy and seconds; return whether it is the best so far."""
         is_best = not self.history or measured["valid_loss"] < self.best_loss - delta
-        self.history.append({"epoch": self.epoch + 1, **measured, "best": int(is_best)})
+        self.history.append({"epoch": self.epoch + 1, "best": int(is_best), **measured})
         self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
         if is_best:
             self.best_loss = measured["valid_loss"]

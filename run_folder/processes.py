@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import numpy as np
-import torch
-from torch import distributed
 
 from utils import InputError, RunError, is_first, printable, rank, world_size
 
@@ -22,6 +20,7 @@ POLL_SECONDS = 0.05
 LATE_SECONDS = 5.0
 OUT_OF_MEMORY = re.compile(  # torch's on the CPU, the driver's, its libraries', no workspace fits
     "DefaultCPUAllocator|out of memory|STATUS_ALLOC_FAILED|ALLOCATION_FAILED|unable to find an eng"
+    "|CU(BLAS|DNN)_STATUS_NOT_INITIALIZED|Failed to CUDA calloc"
 )
 
 
@@ -69,7 +68,7 @@ def run_script(main: Callable, args: argparse.Namespace, kept: str = "") -> int:
         else:
             traceback.print_exc()
         status = 2 if isinstance(error, InputError) else 1
-    if distributed.is_initialized():  # Python's own end would wait for the other processes
+    if world_size() > 1:  # Python's own end would wait for the other processes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -101,6 +100,9 @@ def joined() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    import torch
+    from torch import distributed
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=MAX_WAIT)
     yield
@@ -112,6 +114,9 @@ def wait_for_all() -> None:
     """Return when every process of the job has come to this point; a RunError if one has died."""
     if world_size() == 1:
         return
+    import torch
+    from torch import distributed
+
     try:
         arrived = distributed.all_reduce(torch.zeros(1), async_op=True)
         while not arrived.is_completed():  # signals are heard between two looks
@@ -126,6 +131,8 @@ def from_first(function: Callable[[], object]) -> object:
     """Call a function in the first process; return its result, or refuse its input, in all."""
     if world_size() == 1:
         return function()
+    from torch import distributed
+
     outcome, refusal = [None, False], None
     if is_first():
         try:
@@ -147,6 +154,8 @@ def gathered(value: object) -> list:
     """Return every process's value, in the order of their ranks, in all of them."""
     if world_size() == 1:
         return [value]
+    from torch import distributed
+
     wait_for_all()
     values = [None] * world_size()
     distributed.all_gather_object(values, value)
@@ -156,5 +165,8 @@ def gathered(value: object) -> list:
 def add_up(array: np.ndarray) -> None:
     """Replace an array by its sum over all processes, in all of them."""
     if world_size() > 1:
+        import torch
+        from torch import distributed
+
         wait_for_all()
         distributed.all_reduce(torch.from_numpy(array))

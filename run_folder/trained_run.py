@@ -107,10 +107,12 @@ def _read_predictions(modelpath: Path, fold: int) -> pd.Series:
 def arithmetic(modelpath: Path) -> tuple[int, str]:
     """Return the batch size and the precision that a run was trained with, or the defaults."""
     path = modelpath / "run.json"
-    arguments = files.read_json(path).get("arguments") if path.is_file() else {}
-    batch = arguments.get("batch") if isinstance(arguments, dict) else None
+    run = files.read_json(path) if path.is_file() else {}
+    arguments = run.get("arguments") if isinstance(run.get("arguments"), dict) else {}
+    batch = arguments.get("batch")
     is_size = type(batch) is int and batch > 0
-    return batch if is_size else BATCH, str((arguments or {}).get("precision", "fp32"))
+    by_itself = "tf32" if str(run.get("device", "")).startswith("cuda") else "fp32"
+    return batch if is_size else BATCH, str(arguments.get("precision") or by_itself)
 
 
 def _count_folds(modelpath: Path, facts: dict, n_folds: int | None) -> int:

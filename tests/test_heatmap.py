@@ -30,8 +30,8 @@ import attribution
 import dataset
 import heatmap
 import models
-import utils
 from run_folder import checkpoints, files, trained_run
+from run_folder import device as devices
 
 ROOT = Path(heatmap.__file__).parent
 METHODS = list(attribution.METHODS)
@@ -363,7 +363,7 @@ def test_untrained_weights_are_none_that_training_has_seen(cohort_csv, run_path,
     ):
         heatmap.draw_weights(args, cohort, fold, model, torch.device("cpu"))
         drawn = {name: value.clone() for name, value in model.state_dict().items()}
-        utils.seed_everything(0, fold.number, 0)
+        devices.seed_everything(0, fold.number, 0)
         at_start = models.build_model("modelT8", SHAPE).state_dict()
         n_compared = 0
         for other in (at_start, trained_tensors(run_path, fold.number)):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import utils
+from run_folder import device as devices
 from run_folder import files
 from utils import InputError
 
@@ -37,10 +38,10 @@ def test_help_shows_defaults_but_not_of_flags():
 
 def test_device_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert utils.find_device(None) == utils.find_device("cpu") == torch.device("cpu")
+    assert devices.find_device(None) == devices.find_device("cpu") == torch.device("cpu")
     for name in ("0", "cuda", "cuda:1"):
         with pytest.raises(InputError, match=f"--device {name}: .* use --device cpu"):
-            utils.find_device(name)
+            devices.find_device(name)
 
 
 def test_device_of_each_rank(monkeypatch):
@@ -49,20 +50,21 @@ def test_device_of_each_rank(monkeypatch):
         monkeypatch.setenv(name, {"WORLD_SIZE": "3"}.get(name, "1"))
     taken = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert utils.find_device(None) == torch.device("cuda:1") and taken == [torch.device("cuda:1")]
+    monkeypatch.setattr(devices, "_try", taken.append)
+    monkeypatch.setattr(devices, "gathered", lambda value: [value])
+    assert devices.find_device(None) == torch.device("cuda:1") and taken == [torch.device("cuda:1")]
     with pytest.raises(InputError, match="leave --device out under torchrun"):
-        utils.find_device("0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+        devices.find_device("0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # whoever has a GPU hears of it, too
     with pytest.raises(InputError, match="use --nproc-per-node 2"):
-        utils.find_device(None)
+        devices.find_device(None)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")]
 )
 def test_precision_of_float32_on_a_gpu(name, expected):
-    utils.set_precision(name)
+    devices.set_precision(name)
     assert torch.backends.cuda.matmul.fp32_precision == expected
     assert torch.backends.cudnn.conv.fp32_precision == expected
 
@@ -72,12 +74,12 @@ def test_seeds_depend_on_every_key_and_on_their_order():
     assert len(seeds) == 5 and max(seeds) < 2**63
     draws = []
     for _ in range(2):
-        utils.seed_everything(3, 4)
+        devices.seed_everything(3, 4)
         draws.append((random.random(), np.random.rand(), float(torch.rand(()))))  # noqa: NPY002
     assert draws[0] == draws[1]
     rows = np.arange(10, 30)
-    order = utils.shuffled(rows, 5)
-    assert (order == utils.shuffled(rows, 5)).all() and (order != utils.shuffled(rows, 6)).any()
+    order = devices.shuffled(rows, 5)
+    assert (order == devices.shuffled(rows, 5)).all() and (order != devices.shuffled(rows, 6)).any()
     assert sorted(order) == sorted(rows)
 
 

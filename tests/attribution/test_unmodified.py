@@ -11,9 +11,9 @@ import torch
 from networks import SPEC, TARGETS, assert_same_maps, make_network, make_volumes
 from torch import nn
 
-import utils
 from attribution import METHODS, unmodified
 from models import CNN3D, ModelSpec
+from run_folder import device as devices
 
 EXPLAINERS = METHODS | {"IG": partial(METHODS["IG"], n_steps=10)}  # fewer steps save seconds
 PACKAGE = Path(unmodified.__file__).parent
@@ -139,12 +139,12 @@ def test_maps_are_made_in_exact_float32(model, method):
     model.features[0].register_forward_hook(
         lambda *_: during.extend(each.fp32_precision for each in kernels)
     )
-    utils.set_precision("tf32")
+    devices.set_precision("tf32")
     try:
         method(model, make_volumes(), TARGETS)
         assert [each.fp32_precision for each in kernels] == ["tf32", "tf32"]
     finally:
-        utils.set_precision("fp32")
+        devices.set_precision("fp32")
     assert set(during) <= {"ieee"}
 
 

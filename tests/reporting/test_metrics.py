@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.stats import binomtest, norm
 from sklearn import metrics as reference
 
@@ -198,10 +197,10 @@ def test_subjects_widen_the_interval():
 
 
 def test_mean_loss_counts_a_smaller_batch_by_its_scans():
-    losses = [torch.tensor(loss) for loss in (1.0, 2.0, 7.0)]
+    losses = np.array([1.0, 2.0, 7.0])
     assert metrics.mean_loss(losses, [3, 3, 1], "") == pytest.approx((3 * 1 + 3 * 2 + 7) / 7)
     with pytest.raises(RunError, match=r"not finite in fold 0, epoch 4, batch 1"):
-        metrics.mean_loss([losses[0], losses[1] * np.nan], [3, 3], "fold 0, epoch 4")
+        metrics.mean_loss(losses * [1, np.nan, 1], [3, 3, 1], "fold 0, epoch 4")
 
 
 def test_predictions_are_gathered_in_the_cohorts_order(tmp_path):

@@ -1,0 +1,132 @@
+"""What torch runs on: the device and whether it works, precision, memory, random draws."""
+
+import os
+import random
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import conv3d
+
+from run_folder.processes import gathered
+from utils import InputError, derived_seed, local_rank, world_size
+
+DRIVER_PATH = Path("/proc/driver/nvidia/version")
+CONTEXT_GB = 0.6  # of a process on a GPU, besides its tensors
+OLDER_BUILDS = "https://pytorch.org/get-started/previous-versions/"
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of --device (None: the first GPU if any).
+
+    An InputError, in all processes of the job, if one of them has none, or it cannot compute.
+    """
+    if name not in (None, "cpu") and world_size() > 1:
+        raise InputError("leave --device out under torchrun: each process takes a GPU of its own")
+    device, refusal = torch.device("cpu"), ""
+    try:
+        device = _choose(name)
+        if device.type == "cuda":
+            _try(device)
+    except InputError as error:
+        refusal = str(error)
+    refusals = [text for text in gathered(refusal) if text]
+    if refusals:
+        raise InputError(refusals[0])
+    return device
+
+
+def _choose(name: str | None) -> torch.device:
+    """Return the device of that name."""
+    n_gpus, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name is None and world_size() > 1 and 0 < n_gpus < n_here:
+        raise InputError(
+            f"this host has {n_gpus} GPUs, and {n_here} processes: use --nproc-per-node {n_gpus}"
+        )
+    if name is None:
+        name = f"cuda:{local_rank()}" if n_gpus else "cpu"
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdigit() else name)
+    except RuntimeError:
+        raise InputError(f"--device must be a GPU index, cuda:INDEX or cpu, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or (device.index or 0) >= n_gpus:
+        raise InputError(
+            f"--device {name}: there is no such GPU here ({n_gpus} found); use --device cpu to run "
+            "on the CPU"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def _try(device: torch.device) -> None:
+    """Make a GPU this process's own, and let it compute; an InputError if it cannot."""
+    try:
+        torch.cuda.set_device(device)
+        volume = torch.ones(1, 1, 4, 4, 4).to(device)
+        conv3d(volume, volume).item()
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{device} cannot be used: {reason}. torch {torch.__version__} is built for CUDA "
+            f"{torch.version.cuda}, the driver is {driver_version()}: a newer driver may help, or "
+            f"a build for an older CUDA ({OLDER_BUILDS}); --device cpu does without the GPU"
+        ) from None
+    torch.backends.cudnn.deterministic = True  # the same kernels in every run
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, "unknown" where it is not told."""
+    text = DRIVER_PATH.read_text() if DRIVER_PATH.is_file() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else "unknown"
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name for logs and run.json."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def gpu_versions(device: torch.device) -> dict[str, str]:
+    """Return what results on a GPU depend on besides packages."""
+    if device.type == "cpu":
+        return {}
+    cudnn = torch.backends.cudnn.version()
+    return {"cuda": str(torch.version.cuda), "cudnn": str(cudnn), "driver": driver_version()}
+
+
+def set_precision(name: str | None) -> None:
+    """Let float32 round to TF32 on a GPU ("tf32"), keep it exact ("fp32", "bf16"), or, None, be as
+    torch has it: exact but for convolutions.
+    """
+    if name is None:
+        return
+    for kernels in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        kernels.fp32_precision = "tf32" if name == "tf32" else "ieee"
+
+
+def peak_gb(device: torch.device) -> float:
+    """Return the peak memory in GB so far: of this process, or what it takes of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9 + CONTEXT_GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def seed_everything(*keys: int, purpose: str = "") -> None:
+    """Seed torch (CPU and GPU), numpy and Python as `derived_seed` says."""
+    seed = derived_seed(*keys, purpose=purpose)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries may draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def shuffled(rows: np.ndarray, *keys: int) -> np.ndarray:
+    """Return rows in an order that depends on the given integers only."""
+    generator = torch.Generator().manual_seed(derived_seed(*keys))
+    return rows[torch.randperm(len(rows), generator=generator).numpy()]

@@ -1,0 +1,129 @@
+"""The scripts on a GPU, or on a pretended one: the same results as on a CPU."""
+
+import json
+import re
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import N_FOLDS, explain_arguments, train_arguments
+from processes import finish, significant, start
+
+IS_REAL = torch.cuda.is_available()
+PRETEND = "tests/pretend_cuda.py"
+METHODS = ("LRP", "IG", "GGC")
+TOLERANCE = 1e-3 if IS_REAL else 1e-5  # of a map's maximum
+
+
+def start_on_gpu(script: str, arguments: list, n_gpus: int = 1, launcher: tuple = ()):
+    """Start a script with the first GPU instead of the CPU."""
+    where = arguments.index("--device")
+    arguments = [*arguments[:where], *arguments[where + 2 :]]
+    if not launcher:
+        arguments += ["--device", "0"]
+    if IS_REAL:
+        return start(script, *arguments, launcher=launcher)
+    return start(PRETEND, n_gpus, script, *arguments, launcher=launcher)
+
+
+def train(csv_path, outpath, *more):
+    """Train on the GPU; return stdout and stderr."""
+    return finish(start_on_gpu("train_cv.py", train_arguments(csv_path, outpath, *more)))
+
+
+@pytest.fixture(scope="module")
+def gpu_run(cohort_csv, tmp_path_factory):
+    """Return a run that was trained on the GPU."""
+    outpath = tmp_path_factory.mktemp("gpu") / "run"
+    train(cohort_csv, outpath)
+    return outpath
+
+
+@pytest.mark.parametrize("precision", [(), ("--precision", "bf16")], ids=["fp32", "bf16"])
+def test_training(cohort_csv, run_path, gpu_run, tmp_path, precision):
+    """Losses as on the CPU, where it is exact; scans are copied to the GPU once."""
+    outpath = gpu_run
+    if precision:
+        outpath = tmp_path / "run"
+        train(cohort_csv, outpath, *precision)
+    found, expected = (pd.read_csv(p / "history_f0.csv") for p in (outpath, run_path))
+    tolerance = 2e-2 if IS_REAL or precision else 1e-3
+    for name in ("train_loss", "valid_loss"):
+        assert found[name].to_numpy() == pytest.approx(expected[name].to_numpy(), abs=tolerance)
+    record = json.loads((outpath / "run.json").read_text())
+    assert record["device"].startswith("cuda:0 (") and {"cudnn", "driver"} <= set(record["gpu"])
+    weights = torch.load(outpath / "state_dict_f0.pth", weights_only=True)
+    assert all(weight.device.type == "cpu" for weight in weights.values())
+
+
+def test_a_run_repeats_and_resumes(cohort_csv, gpu_run, tmp_path):
+    """Of the second run one fold comes first; it ends with the same bits."""
+    train(cohort_csv, tmp_path / "run", "--dry-run")
+    assert not (tmp_path / "run").exists()
+    train(cohort_csv, tmp_path / "run", "--only-fold", "1")
+    train(cohort_csv, tmp_path / "run")
+    found, expected = significant(tmp_path / "run"), significant(gpu_run)
+    differing = {name for name in expected if found[name] != expected[name]}
+    assert not {name for name in differing if name.endswith((".csv", ".pth", ".npy"))}
+
+
+def test_scans_that_are_decoded_in_every_epoch_train_alike(cohort_csv, gpu_run, tmp_path):
+    train(cohort_csv, tmp_path / "run", "--no-cache")
+    for fold in range(N_FOLDS):
+        found, expected = (
+            np.load(path / f"valid_loss_f{fold}.npy") for path in (tmp_path / "run", gpu_run)
+        )
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_of_the_cpu_resumes_with_a_warning(cohort_csv, run_path, tmp_path):
+    shutil.copytree(run_path, tmp_path / "run")
+    for name in ("predictions_f1.csv", "state_dict_f1.pth"):
+        (tmp_path / "run" / name).unlink()
+    _, messages = train(cohort_csv, tmp_path / "run")
+    assert re.search(r"the run was begun on cpu .*, and goes on on cuda:0", messages)
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_maps(cohort_csv, run_path, tmp_path, batch):
+    """Of every method, per fold and per scan, as the CPU makes them."""
+    more = (
+        "--method",
+        *METHODS,
+        "--steps",
+        "4",
+        "--save-subjects",
+        "--by-outcome",
+        "--cam",
+        "seen",
+    )
+    arguments = explain_arguments(cohort_csv, run_path, tmp_path / "cpu", *more)
+    finish(start("heatmap.py", *arguments))
+    arguments = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", *more, "--batch", batch)
+    finish(start_on_gpu("heatmap.py", [*arguments, "--dry-run"]))
+    assert not (tmp_path / "gpu").exists()
+    finish(start_on_gpu("heatmap.py", [*arguments, "--only-fold", "0"]))
+    finish(start_on_gpu("heatmap.py", arguments))
+    paths = [path.relative_to(tmp_path / "cpu") for path in (tmp_path / "cpu").rglob("*.nii.gz")]
+    assert len(paths) > 3 * 16
+    for path in paths:
+        found, expected = (nib.load(tmp_path / d / path).get_fdata() for d in ("gpu", "cpu"))
+        assert abs(found - expected).max() <= TOLERANCE * abs(expected).max(), path
+    controls = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", *more[:4], "--randomize")
+    finish(start_on_gpu("heatmap.py", controls))
+
+
+@pytest.mark.skipif(IS_REAL, reason="this host has as many GPUs as it has")
+def test_more_processes_than_gpus_are_told_at_once(cohort_csv, tmp_path):
+    """In one sentence, before anybody waits for anybody."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 3, "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0")  # fmt: skip
+    arguments = train_arguments(cohort_csv, tmp_path / "run", "--fold", "3")
+    process = start_on_gpu("train_cv.py", arguments, n_gpus=2, launcher=launcher)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    assert messages.count("error: this host has 2 GPUs, and 3 processes") == 1
+    assert re.search(r"exitcode *: 2 ", messages)
