@@ -67,13 +67,9 @@ RESULTS = (
 
 
 def make_network(
-    args: argparse.Namespace, shape: tuple, device: torch.device, fold: int = 0, draw: int = 0
+    args: argparse.Namespace, shape: tuple, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Adam]:
     """Return a freshly drawn network and its optimiser."""
-    if draw == 0:
-        devices.seed_everything(args.seed, fold, 0)
-    else:
-        devices.seed_everything(args.seed, fold, draw, purpose="restart")
     model = models.build_model(args.model, shape)
     model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
     return model, torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
@@ -135,7 +131,8 @@ def train_fold(
 ) -> None:  # fmt: skip
     """Train one fold, anew if it does not learn; test its best weights once, write its files."""
     train, val, test = (np.flatnonzero(parts == part) for part in folds.PARTS)
-    model, optimizer = make_network(args, cohort.volume_shape, device, fold)
+    devices.seed_everything(args.seed, fold, 0)
+    model, optimizer = make_network(args, cohort.volume_shape, device)
     state = checkpoints.resume(args.outpath, fold, model, optimizer)
     bar.update(state.draw.epoch)
     while not state.is_done(args.restarts):
