@@ -29,7 +29,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nilearn import image
 
 import utils
 from comparing import overlap, page
@@ -49,6 +48,8 @@ def evidence(map_img: nib.Nifti1Image, sign: str, fwhm_mm: float) -> np.ndarray:
     data = overlap.SIGNS[sign](map_img.get_fdata(dtype=np.float32))
     if fwhm_mm == 0:
         return data
+    from nilearn import image
+
     smooth_img = image.smooth_img(nib.Nifti1Image(data, map_img.affine), fwhm_mm)
     return smooth_img.get_fdata(dtype=np.float32)
 

@@ -179,7 +179,7 @@ def explain_fold(
                 args.save_subjects, by_outcome,
             )
         )  # fmt: skip
-    zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu()
+    zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu().numpy()
     mine = np.arange(len(fold.rows))[utils.rank() :: utils.world_size()]
     chunks = [mine[start : start + args.batch] for start in range(0, len(mine), args.batch)]
     batches = cohort.volumes(None, args.workers).batches(fold.rows[mine], args.batch, device)
@@ -191,7 +191,7 @@ def explain_fold(
         rows = fold.rows[chunk]
         columns = (rows.tolist(), cohort.table["path"].iloc[rows], labels.tolist(),
                    fold.parts[chunk].tolist(), targets.tolist())  # fmt: skip
-        scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu(), strict=True)]
+        scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu().numpy(), strict=True)]
         for scan, expected in zip(scans, fold.probabilities[chunk], strict=True):
             if np.isfinite(expected) and not args.randomize:
                 check_probability(args, fold, scan.path, scan.probability, expected)
@@ -386,6 +386,8 @@ def main(args: argparse.Namespace) -> None:
     device = devices.find_device(args.device)
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
+    needed_gb = models.MODELS[args.model].memory_gb(cohort.volume_shape, args.batch)
+    devices.keep_freed_memory(device, needed_gb)
     facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
     of_run = {key: facts[key] for key in ("model", "volume_shape", "affine")}
     only_held_out = args.subjects == "test"

@@ -11,6 +11,8 @@ from utils import InputError
 N_CLASSES = 2
 HIDDEN_UNITS = 64
 DROPOUT = 0.5
+PROCESS_GB = 0.6  # with torch, without tensors
+COPIES = 5  # of the first convolution's outputs, in memory at once; measured on CPUs
 N_BLOCK_LAYERS = 4  # convolution, batch normalisation, ReLU, max-pooling
 PUBLISHED_WIDTHS = (24, 28, 32, 36, 40, 44, 48, 52)
 DEMO_WIDTHS = (8, 16)
@@ -36,6 +38,11 @@ class ModelSpec:
         for kernel, pooling in zip(reversed(self.kernels), reversed(self.poolings), strict=True):
             side = side * pooling + kernel - 1
         return side
+
+    def memory_gb(self, volume_shape: tuple[int, int, int], batch: int) -> float:
+        """Return about how much memory it takes to train on, or explain, volumes of this shape."""
+        outputs = self.width * prod(side - self.kernels[0] + 1 for side in volume_shape)
+        return PROCESS_GB + 4e-9 * COPIES * batch * outputs
 
     def n_flat_features(self, volume_shape: tuple[int, int, int]) -> int:
         """Return how many features enter the classifier for a volume of this shape (voxels)."""

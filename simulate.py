@@ -20,8 +20,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nilearn import datasets
-from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 import utils
 from comparing.overlap import bounding_box
@@ -74,11 +72,15 @@ class Template:
 
 def smooth(data: np.ndarray, fwhm_vox: float) -> np.ndarray:
     """Smooth with a Gaussian of this full width at half maximum, in voxels."""
+    from scipy.ndimage import gaussian_filter
+
     return gaussian_filter(data, fwhm_vox / FWHM_PER_SD, mode="nearest", truncate=3)
 
 
 def load_template(voxel_mm: float) -> Template:
     """Prepare the template: what the scans look like, and what each region can lose."""
+    from nilearn import datasets
+
     t1_img = datasets.load_mni152_template(resolution=1)
     t1_data = np.asarray(t1_img.dataobj, dtype=np.float32)
     t1_data /= t1_data.max()
@@ -125,6 +127,8 @@ def cohort_grid(voxel_mm: float) -> nib.Nifti1Image:
 
 def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.ndarray:
     """Return smooth random values with standard deviation 1, drawn coarsely and interpolated."""
+    from scipy.ndimage import zoom
+
     spacing_vox = max(1.0, fwhm_vox / 4)
     coarse_shape = [int(np.ceil(side / spacing_vox)) + 8 for side in shape]
     coarse_data = smooth(rng.standard_normal(coarse_shape), fwhm_vox / spacing_vox)
@@ -151,6 +155,8 @@ def simulate_scan(
     `coordinates`, (3, D, H, W), are those of its voxels in the template; `severities` say which
     share of its tissue each region loses. It is 0 outside the brain, as skull-stripped scans are.
     """
+    from scipy.ndimage import map_coordinates
+
     shape = coordinates.shape[1:]
     t1_data = template.t1_data.copy()
     for name, (box, change_data) in template.loss_data.items():
@@ -171,6 +177,8 @@ def write_truth(
     outpath: Path, template: Template, coordinates: np.ndarray, like_img: nib.Nifti1Image
 ) -> int:
     """Write truth and brain in the template's own anatomy; return how many voxels are true."""
+    from scipy.ndimage import map_coordinates
+
     weight_data = map_coordinates(template.weight_data, coordinates, order=1)
     truth_data = weight_data > TRUTH_THRESHOLD
     write_image(outpath / "truth_weights.nii.gz", weight_data, like_img)

@@ -43,7 +43,6 @@ MAX_EPOCHS = 200
 PATIENCE = 10
 DELTA = 0.0
 
-MEMORY_FORMATS = {"cpu": torch.channels_last_3d, "cuda": torch.contiguous_format}  # CPU: faster
 EPOCH_LINE = (
     "%s: loss %.4f, validation loss %.4f, validation accuracy %.3f, validation ROC AUC %.3f; "
     "%.1f s, %.2f GB; left in the fold %s if no epoch is better, %s at most%s"
@@ -71,7 +70,7 @@ def make_network(
 ) -> tuple[nn.Module, torch.optim.Adam]:
     """Return a freshly drawn network and its optimiser."""
     model = models.build_model(args.model, shape)
-    model = model.to(device, memory_format=MEMORY_FORMATS[device.type])
+    model = model.to(device, memory_format=torch.channels_last_3d)  # the faster one everywhere
     return model, torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.wd)
 
 
@@ -136,12 +135,11 @@ def train_fold(
     state = checkpoints.resume(args.outpath, fold, model, optimizer)
     bar.update(state.draw.epoch)
     while not state.is_done(args.restarts):
-        if state.draw.number > 0 and not state.draw.history:
-            log.info(
-                "fold %d begins anew: restart %d of %d", fold, state.draw.number, args.restarts
-            )
-            shape = cohort.volume_shape
-            model, optimizer = make_network(args, shape, device, fold, state.draw.number)
+        number = state.draw.number
+        if number > 0 and not state.draw.history:
+            log.info("fold %d begins anew: restart %d of %d", fold, number, args.restarts)
+            devices.seed_everything(args.seed, fold, number, purpose="restart")
+            model, optimizer = make_network(args, cohort.volume_shape, device)
             bar.total += args.epochs
         train_draw(args, cohort, volumes, fold, train, val, model, optimizer, state, device, bar)
         bar.total -= args.epochs - state.draw.epoch
@@ -287,6 +285,8 @@ def main(args: argparse.Namespace) -> None:
     devices.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
     models.build_model(args.model, cohort.volume_shape)
+    needed_gb = models.MODELS[args.model].memory_gb(cohort.volume_shape, args.batch)
+    devices.keep_freed_memory(device, needed_gb)
     splits = from_first(lambda: folds.draw(cohort.table, args.fold, args.val_fraction, args.seed))
     facts = {"model": args.model, "n_folds": args.fold, "seed": args.seed,
              "device": devices.describe_device(device), "gpu": devices.gpu_versions(device),

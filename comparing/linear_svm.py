@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.svm import SVC
 
 from loading.cache import Volumes
 from utils import log, progress
@@ -86,6 +85,8 @@ def fit_fold(gram: np.ndarray, labels: np.ndarray, train: np.ndarray, cost: floa
     is A = Cov(X)·w / Var(X·w) = Xᵀs/((n−1)·Var(s)) with s = X·w centred, over the training scans
     (Haufe et al., NeuroImage 87:96, 2014, doi:10.1016/j.neuroimage.2013.10.067).
     """
+    from sklearn.svm import SVC
+
     svc = SVC(C=cost, kernel="precomputed", tol=TOLERANCE)
     svc.fit(gram[np.ix_(train, train)], labels[train])
     weights = np.zeros(len(labels))

@@ -5,7 +5,6 @@ Throughout, `values` are a map's values in the voxels of the analysis mask M, in
 """
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from utils import derived_seed
 
@@ -58,6 +57,8 @@ def mass(values: np.ndarray, inside: np.ndarray) -> float:
 
 def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
     """Return every measure of overlap of a map and a reference, neither all of M nor none."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     curve, chance = dice_curve(values, inside)
     best = int(curve.argmax())
     return {

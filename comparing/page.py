@@ -10,7 +10,6 @@ from string import Template
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from nibabel.spatialimages import SpatialImage
 
 from comparing.overlap import TOP_FRACTIONS
@@ -163,6 +162,8 @@ def picture_html(path: Path, caption: str) -> str:
 
 def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
     """Draw each map's Dice at `TOP_FRACTIONS`; the reference fills a share p of the mask."""
+    from matplotlib.figure import Figure
+
     percent, chance = 100 * TOP_FRACTIONS, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS)
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from nibabel.spatialimages import SpatialImage
-from nilearn import datasets, image
 
 from loading.image import read_image, same_space
 from loading.table import Rows, plain, read_rows, shown
@@ -121,6 +120,8 @@ def load_space(
         raise InputError(f"reference {reference_path} fills the whole analysis mask: no contrast")
     background_img, background_source = _beside(maps, MEAN_SCAN, like_img), "the mean scan"
     if background_img is None:
+        from nilearn import datasets, image
+
         template_img, background_source = datasets.load_mni152_template(2), "the ICBM152 template"
         background_img = image.resample_img(
             template_img, like_img.affine, like_img.shape, force_resample=True, copy_header=True

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from nibabel.spatialimages import SpatialImage
-from torch import Tensor
+from scipy.special import softmax
 
 from loading import image
 from run_folder import files, processes
@@ -62,12 +61,12 @@ class ExplainedScan:
     label: int
     part: str
     target: int
-    logits: Tensor
+    logits: np.ndarray
 
     @property
     def probability(self) -> float:
         """Of label 1."""
-        return float(torch.softmax(self.logits.double(), 0)[1])
+        return float(softmax(self.logits.astype(np.float64))[1])
 
     @property
     def predicted(self) -> int:
@@ -105,7 +104,7 @@ class FoldMaps:
             return None
         return [read_map(path, image.volume_shape(self.like_img)) for path in paths]
 
-    def add(self, scan: ExplainedScan, map_data: np.ndarray, zero_logits: Tensor) -> None:
+    def add(self, scan: ExplainedScan, map_data: np.ndarray, zero_logits: np.ndarray) -> None:
         """Add a scan's map; `zero_logits`, (2,), are those of the zero volume."""
         logit, total = float(scan.logits[scan.target]), float(map_data.sum(dtype=np.float64))
         zero_logit = float(zero_logits[scan.target])

@@ -4,20 +4,19 @@ import gc
 import html
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from nilearn import plotting
-from sklearn.metrics import roc_curve
 
 from run_folder import files
 
+if TYPE_CHECKING:  # matplotlib and nilearn take seconds: they are imported where they are used
+    from matplotlib.figure import Figure
+
 DPI = 110
-FOLD_COLORS = matplotlib.colormaps["tab10"].colors
+MAX_COLORS = 10  # of matplotlib, "C0" to "C9"
 LOSSES = {"epoch": int, "train_loss": float, "valid_loss": float, "best": int}
 MAP_COLORS = "cold_hot"
 N_CUTS = 7  # slices per direction of a mosaic
@@ -25,7 +24,7 @@ SHOWN_PERCENTILE = 99.9  # of |map| inside the head: the end of the colour scale
 HIDDEN_FRACTION = 0.1  # of the colour scale: voxels below it are left transparent
 
 
-def save_figure(figure: Figure, path: Path, temporary_name: str = "") -> None:
+def save_figure(figure: "Figure", path: Path, temporary_name: str = "") -> None:
     """Write a figure, whole or not at all; several processes need temporary names of their own."""
     with files.whole_file(path, temporary_name) as temporary_path:
         figure.savefig(temporary_path, dpi=DPI, format=path.suffix[1:])
@@ -40,6 +39,9 @@ def plot_loss_curves(
     A dashed line is the loss without learning, the entropy of the labels. `by_fold` is the fold of
     the process that draws them, where others may do so, too.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     n_columns = min(len(histories), 5)
     n_rows = -(-len(histories) // n_columns)
     size_inches = (2.6 * n_columns + 0.6, 2.4 * n_rows + 0.4)
@@ -66,6 +68,9 @@ def plot_loss_curves(
 
 def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> None:
     """Draw the ROC curve of each fold and of all held-out scans; `metrics` is a metrics_table."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import roc_curve
+
     auc = metrics.set_index("fold")["roc_auc"]
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axis = figure.subplots()
@@ -73,7 +78,7 @@ def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> No
     for fold, rows in predictions.groupby("fold"):
         if rows["label"].nunique() == 2:
             false_rate, true_rate, _ = roc_curve(rows["label"], rows["probability"])
-            color = FOLD_COLORS[fold % len(FOLD_COLORS)]
+            color = f"C{fold % MAX_COLORS}"
             label = f"fold {fold}: {auc[str(fold)]:.2f}"
             axis.plot(false_rate, true_rate, color=color, alpha=0.6, linewidth=1, label=label)
     false_rate, true_rate, _ = roc_curve(predictions["label"], predictions["probability"])
@@ -102,6 +107,9 @@ def mosaic_cuts(background_img: nib.Nifti1Image) -> dict[str, np.ndarray]:
 
 def draw_map(stem: Path, mean_scan_path: Path, title: str) -> list[Path]:
     """Draw `stem`.nii.gz over the mean scan, as a .png and an offline .html; return their paths."""
+    from matplotlib.figure import Figure
+    from nilearn import plotting
+
     gc.freeze()  # nilearn collects garbage 14 times a picture, half of its time
     imgs = map(nib.load, (stem.with_suffix(".nii.gz"), mean_scan_path))
     # without their headers: nilearn warns of one that has a qform only

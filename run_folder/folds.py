@@ -6,7 +6,6 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from run_folder import files
 from utils import InputError, derived_seed, log
@@ -51,6 +50,8 @@ def draw(table: pd.DataFrame, n_folds: int, val_fraction: float, seed: int) -> p
             raise InputError(f"label {label} has {n_scans} scans, fewer than the {n_folds} folds")
     if subjects is not None and subjects.nunique() < n_folds:
         raise InputError(f"{subjects.nunique()} subjects cannot be split into {n_folds} folds")
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     splitter = StratifiedKFold if subjects is None else StratifiedGroupKFold
     outer = splitter(n_folds, shuffle=True, random_state=seed)
     columns = {}
@@ -68,6 +69,8 @@ def _draw_validation(
     keys: tuple[int, int],
 ) -> np.ndarray:  # fmt: skip
     """Return which of a fold's remaining scans go to validation."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
+
     random_state = derived_seed(*keys) % 2**32
     try:
         if subjects is None:

@@ -129,7 +129,8 @@ class RunFolder:
         if then == now:
             return ""
         if is_option:
-            return f"--{key.replace('_', '-')} {now} (the run has {then})"
+            texts = ("left out" if value is None else value for value in (now, then))
+            return "--{} {} (the run has {})".format(key.replace("_", "-"), *texts)
         if isinstance(then, dict) and isinstance(now, dict):
             now = some_of(name for name in then | now if then.get(name) != now.get(name))
             return f"{key.removesuffix('_sha256')}: other content of {now}"

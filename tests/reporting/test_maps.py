@@ -23,7 +23,7 @@ def make_fold(outpath, fold: int, saves_scans: bool = True) -> maps.FoldMaps:
 
 
 def make_scan(row: int, label: int, logits: tuple) -> maps.ExplainedScan:
-    return maps.ExplainedScan(row, f"in/{row}.nii", label, "test", label, torch.tensor(logits))
+    return maps.ExplainedScan(row, f"in/{row}.nii", label, "test", label, np.array(logits))
 
 
 def test_running_mean_of_single_and_weighted_volumes():
