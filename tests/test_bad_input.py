@@ -147,8 +147,8 @@ def test_outpath_that_cannot_be(cohort_csv, run_path, tmp_path, refusal, name):
 OTHER_OPTIONS = {
     "lr": ("0.005", "0.001"), "model": ("modelT16", "modelT8"), "fold": ("3", "2"),
     "batch": ("5", "4"), "epochs": ("3", "2"), "patience": ("3", "10"), "seed": ("1", "0"),
-    "val-fraction": ("0.3", "0.2"), "precision": ("bf16", "fp32"), "wd": ("0.5", "0.0001"),
-    "delta": ("0.5", "0.0"),
+    "val-fraction": ("0.3", "0.2"), "precision": ("bf16", "left out"), "wd": ("0.5", "0.0001"),
+    "delta": ("0.5", "0.0"), "restarts": ("2", "0"),
 }  # fmt: skip
 
 

@@ -78,3 +78,39 @@ def test_after_is_the_rest_of_the_network(index):
     with torch.no_grad():
         rest = model.after(index)(model.features[:index](volumes))
         assert torch.equal(rest, model(volumes))
+
+
+@pytest.mark.parametrize("name", ["modelA24", "modelC24", "modelT8"])
+def test_pooling_before_the_relu_changes_no_bit_of_training(name):
+    """Loss, gradients, statistics and weights of some steps are those of the layers in order."""
+    side = SMALLEST_SIDE[name[5]]
+    shape = (side, side + 1, side + 4)
+    volumes, labels = torch.rand(2, 1, *shape), torch.tensor([0, 1])
+    found = []
+    for in_order in (False, True):
+        torch.manual_seed(0)
+        model = models.build_model(name, shape).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            if in_order:
+                logits = model.classifier(torch.flatten(model.features(volumes), 1))
+            else:
+                logits = model(volumes)
+            losses.append(torch.nn.functional.cross_entropy(logits, labels))
+            losses[-1].backward()
+            optimizer.step()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([*losses, *gradients, *model.state_dict().values()])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
+    assert losses[0] != losses[-1] and any(gradient.any() for gradient in gradients)
+
+
+def test_in_eval_mode_the_layers_run_in_order():
+    """captum's hooks see what they always saw."""
+    model, seen = models.build_model("modelT8", (22, 23, 24)), []
+    for layer in model.features:
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer))
+    model.eval()(torch.rand(1, 1, 22, 23, 24))
+    assert seen == list(model.features)

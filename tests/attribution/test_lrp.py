@@ -1,5 +1,8 @@
 """LRP: exact answers on hand-set networks, a slow twin, the sum of the relevance."""
 
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from networks import (
 )
 from torch import nn
 
-from attribution import lrp
+from attribution import convolution, lrp
 from models import CNN3D, MODELS, ModelSpec
 
 STABILIZER = 1e-6
@@ -175,3 +178,36 @@ def test_slabs_change_nothing(slab_neurons, lowest):
     model = make_network(volumes.float()).double()
     expected = lrp(model, volumes, TARGETS)
     assert_same_maps(lrp(model, volumes, TARGETS, slab_neurons=slab_neurons), expected, 1e-12)
+
+
+def fft_conv3d(inputs: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tensor:
+    """Return a convolution by FFT, as cuDNN may choose it: zeros in, rounding out."""
+    if options or not torch.backends.cudnn.enabled:
+        return nn.functional.conv3d(inputs, weight, **options)
+    sides = inputs.shape[2:]
+    spectrum = torch.fft.rfftn(inputs, sides)[:, None] * torch.fft.rfftn(weight, sides).conj()
+    sums = torch.fft.irfftn(spectrum.sum(2), sides)
+    inner = [slice(n - k + 1) for n, k in zip(sides, weight.shape[2:], strict=True)]
+    return sums[(..., *inner)]
+
+
+def test_sums_that_round_zeros_are_found_and_avoided(monkeypatch, caplog):
+    """Otherwise the rule would divide by their rounding."""
+    caplog.set_level("INFO", "heatmaps")
+    monkeypatch.setattr(logging.getLogger("heatmaps"), "propagate", True)
+    volumes = make_volumes(lowest=0.0)
+    volumes[:, :, :4] = 0
+    model = make_network(volumes)
+    expected = lrp(model, volumes, TARGETS)
+    functions = SimpleNamespace(conv3d=fft_conv3d, linear=nn.functional.linear)
+    monkeypatch.setattr(convolution, "functional", functions)
+    convolution._leaves_zeros.cache_clear()
+    try:
+        assert_same_maps(lrp(model, volumes, TARGETS), expected, 1e-5)
+        assert "LRP sums without it" in caplog.text and torch.backends.cudnn.enabled
+        monkeypatch.setattr(convolution, "_leaves_zeros", lambda device, shape: True)
+        spoilt = lrp(model, volumes, TARGETS)
+        assert abs(spoilt - expected).max() > 0.05 * abs(expected).max()
+    finally:
+        monkeypatch.undo()
+        convolution._leaves_zeros.cache_clear()
