@@ -55,11 +55,23 @@ def channels_last(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last_3d)
 
 
+def convolve(inputs: Tensor, weight: Tensor, stride: tuple = (1,) * 3, padding: tuple = (0,) * 3):
+    """Return a convolution without bias, on a CPU by oneDNN; it has no gradient.
+
+    torch itself takes kernels of its own, slower ones, for one volume and small kernels.
+    """
+    is_float = inputs.dtype == weight.dtype == torch.float32
+    if inputs.device.type == "cpu" and is_float and torch.backends.mkldnn.is_available():
+        convolution = torch.ops.aten.mkldnn_convolution
+        return convolution(inputs, weight, None, padding, stride, (1, 1, 1), 1)
+    return functional.conv3d(inputs, weight, stride=stride, padding=padding)
+
+
 def sums(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
     """Return Σ_i inputs_i · weight_ij over the inputs i of each neuron j, bias left out."""
     if isinstance(layer, nn.Linear):
         return functional.linear(inputs, weight)
-    return functional.conv3d(inputs, weight)
+    return convolve(inputs, weight)
 
 
 @contextmanager
@@ -86,7 +98,7 @@ def _leaves_zeros(device: torch.device, weight_shape: tuple[int, ...]) -> bool:
     sides = [PROBED + k for k in weight_shape[2:]]
     volume = torch.rand(1, weight_shape[1], *sides, generator=generator)
     volume[:, :, : sides[0] // 2] = 0
-    outputs = functional.conv3d(volume.to(device), weight.to(device))
+    outputs = convolve(volume.to(device), weight.to(device))
     is_zero = not outputs[:, :, : sides[0] // 2 - weight_shape[2] + 1].any()
     if not is_zero:
         log.info("cuDNN rounds sums of zeros with weights of %s: LRP sums without it", weight_shape)
@@ -99,7 +111,11 @@ def transposed_sums(layer: nn.Module, inputs: Tensor, weight: Tensor, outputs: T
         return outputs @ weight
     if layer.in_channels == 1:
         return one_channel_input_gradient(weight, outputs)
-    return torch.nn.grad.conv3d_input(inputs.shape, channels_last(weight), channels_last(outputs))
+    if inputs.device.type == "cpu":  # the same sums as a convolution, which is faster there
+        margins = tuple(k - 1 for k in weight.shape[2:])
+        turned = channels_last(weight.transpose(0, 1).flip(2, 3, 4))
+        return convolve(channels_last(outputs), turned, padding=margins)
+    return torch.nn.grad.conv3d_input(inputs.shape, weight, outputs)
 
 
 def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
@@ -121,7 +137,7 @@ def one_channel_input_gradient(weight: Tensor, outputs: Tensor) -> Tensor:
     margins = [(-side % b + 1) // 2 for side, b in zip(sides, BLOCK, strict=True)]
     padding = tuple(k - 1 + margin for k, margin in zip(kernel, margins, strict=True))
     outputs = channels_last(outputs)
-    blocks = functional.conv3d(outputs, channels_last(wide), stride=BLOCK, padding=padding)
+    blocks = convolve(outputs, channels_last(wide), BLOCK, padding)
     n_scans, _, *n_blocks = blocks.shape
     voxels = blocks.contiguous().view(n_scans, *BLOCK, *n_blocks).permute(0, 4, 1, 5, 2, 6, 3)
     covered = [n * b for n, b in zip(n_blocks, BLOCK, strict=True)]

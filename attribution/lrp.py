@@ -82,18 +82,18 @@ def beta_relevance(
     if isinstance(layer, nn.Conv3d):
         inputs, relevance = channels_last(inputs), channels_last(relevance)
     positive, negative = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    kinds = [(inputs, positive, negative)]
+    both = torch.cat([positive, negative])  # z⁺ and z⁻ in one convolution
+    kinds = [(inputs, both)]
     if (inputs < 0).any():
         # an input below 0 swaps the kinds: z_ij is positive where both signs agree
-        below, above = inputs.clamp(max=0), inputs.clamp(min=0)
-        kinds = [(above, positive, negative), (below, negative, positive)]
+        swapped = torch.cat([negative, positive])
+        kinds = [(inputs.clamp(min=0), both), (inputs.clamp(max=0), swapped)]
     result = torch.zeros_like(inputs)
     for of_outputs, of_inputs in _slabs(layer, relevance, slab_neurons):
-        parts = [(part[of_inputs], agreeing, opposing) for part, agreeing, opposing in kinds]
+        parts = [(part[of_inputs], weight) for part, weight in kinds]
         shares = _shares(layer, parts, relevance[of_outputs], beta)
-        for part, *weights in parts:
-            for weight, share in zip(weights, shares, strict=True):
-                result[of_inputs].addcmul_(part, transposed_sums(layer, part, weight, share))
+        for part, weight in parts:
+            result[of_inputs].addcmul_(part, transposed_sums(layer, part, weight, shares))
     return result
 
 
@@ -105,17 +105,19 @@ def _slab_neurons(device: torch.device) -> int:
     return min(MAX_SLAB_NEURONS, max(SLAB_NEURONS, free_bytes // 4 // BYTES_PER_NEURON))
 
 
-def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Return what each neuron sends back per unit of z⁺ and of z⁻."""
-    with exact_sums(layer, parts[0][0].device):
-        z_positive = sum(sums(layer, part, agreeing) for part, agreeing, _ in parts)
-        z_negative = sum(sums(layer, part, opposing) for part, _, opposing in parts)
+def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> Tensor:
+    """Return what each neuron sends back per unit of z⁺ and, in as many channels more, of z⁻."""
+    with exact_sums(layer, relevance.device):
+        z = sum(sums(layer, part, weight) for part, weight in parts)
+    z_positive, z_negative = z.chunk(2, 1)
     no_positive, no_negative = z_positive == 0, z_negative == 0
-    share_positive = torch.where(no_negative, relevance, (1 + beta) * relevance)
+    shares = torch.empty_like(z)
+    share_positive, share_negative = shares.chunk(2, 1)
+    share_positive.copy_(torch.where(no_negative, relevance, (1 + beta) * relevance))
     share_positive.div_(z_positive.add_(STABILIZER)).masked_fill_(no_positive, 0)
-    share_negative = torch.where(no_positive, relevance, -beta * relevance)
+    share_negative.copy_(torch.where(no_positive, relevance, -beta * relevance))
     share_negative.div_(z_negative.sub_(STABILIZER)).masked_fill_(no_negative, 0)
-    return share_positive, share_negative
+    return shares
 
 
 def _slabs(layer: nn.Module, outputs: Tensor, slab_neurons: int) -> Iterator[tuple]:
