@@ -109,14 +109,16 @@ def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> Te
     """Return what each neuron sends back per unit of z⁺ and, in as many channels more, of z⁻."""
     with exact_sums(layer, relevance.device):
         z = sum(sums(layer, part, weight) for part, weight in parts)
-    z_positive, z_negative = z.chunk(2, 1)
-    no_positive, no_negative = z_positive == 0, z_negative == 0
-    shares = torch.empty_like(z)
-    share_positive, share_negative = shares.chunk(2, 1)
-    share_positive.copy_(torch.where(no_negative, relevance, (1 + beta) * relevance))
-    share_positive.div_(z_positive.add_(STABILIZER)).masked_fill_(no_positive, 0)
-    share_negative.copy_(torch.where(no_positive, relevance, -beta * relevance))
-    share_negative.div_(z_negative.sub_(STABILIZER)).masked_fill_(no_negative, 0)
+    n_neurons, is_zero = z.shape[1] // 2, z == 0
+    has_one_kind = is_zero.roll(n_neurons, 1)  # where the other kind's sum is 0
+
+    def per_kind(positive: float, negative: float) -> Tensor:
+        values = z.new_tensor([positive, negative]).repeat_interleave(n_neurons)
+        return values.view(-1, *[1] * (z.dim() - 2))
+
+    shares = torch.where(has_one_kind, 1.0, per_kind(1 + beta, -beta))
+    shares.div_(z.add_(per_kind(STABILIZER, -STABILIZER))).masked_fill_(is_zero, 0)
+    shares.unflatten(1, (2, n_neurons)).mul_(relevance.unsqueeze(1))
     return shares
 
 
