@@ -113,8 +113,8 @@ def _shares(layer: nn.Module, parts: list, relevance: Tensor, beta: float) -> Te
     has_one_kind = is_zero.roll(n_neurons, 1)  # where the other kind's sum is 0
 
     def per_kind(positive: float, negative: float) -> Tensor:
-        values = z.new_tensor([positive, negative]).repeat_interleave(n_neurons)
-        return values.view(-1, *[1] * (z.dim() - 2))
+        shape = (n_neurons, *[1] * (z.dim() - 2))
+        return torch.cat([z.new_full(shape, value) for value in (positive, negative)])
 
     shares = torch.where(has_one_kind, 1.0, per_kind(1 + beta, -beta))
     shares.div_(z.add_(per_kind(STABILIZER, -STABILIZER))).masked_fill_(is_zero, 0)
