@@ -121,7 +121,7 @@ def train_draw(
             *map(utils.duration, left_s), "; best so far" * is_best,
         )  # fmt: skip
         files.write_csv(args.outpath / f"history_f{fold}.csv", pd.DataFrame(draw.history))
-        draw_losses(args.outpath, args.fold, cohort.labels, fold)
+        draw_losses(args.outpath, args.fold, cohort.labels, fold, rarely=True)
 
 
 def train_fold(
@@ -154,13 +154,14 @@ def train_fold(
     paths, labels = cohort.table["path"].iloc[test], cohort.labels[test]
     predictions = metrics.predictions_of(fold, paths, labels, logits)
     checkpoints.write_fold(args.outpath, fold, state, predictions)
+    draw_losses(args.outpath, args.fold, cohort.labels, fold, rarely=False)
     write_scans(args.outpath, cohort, volumes)
 
 
-def draw_losses(outpath: Path, n_folds: int, labels: np.ndarray, fold: int | None = None) -> None:
-    """Draw the losses of all folds so far: in training, of a fold, at most every 30 s."""
+def draw_losses(outpath: Path, n_folds: int, labels: np.ndarray, fold: int, rarely: bool) -> None:
+    """Draw the losses of all folds so far, if `rarely` at most every 30 s; `fold` is being done."""
     path, histories, unlearned = outpath / "loss_curves.png", {}, []
-    if fold is not None and path.is_file() and time.time() - path.stat().st_mtime < REDRAW_SECONDS:
+    if rarely and path.is_file() and time.time() - path.stat().st_mtime < REDRAW_SECONDS:
         return
     for each in range(n_folds):
         if (outpath / f"history_f{each}.csv").is_file():
@@ -223,7 +224,7 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
     table = metrics.metrics_table(predictions, subjects, args.seed, of_training)
     files.write_csv(outpath / "predictions.csv", predictions)
     files.write_csv(outpath / "metrics.csv", table)
-    draw_losses(outpath, n_folds, cohort.labels)
+    draw_losses(outpath, n_folds, cohort.labels, n_folds, rarely=False)
     pictures.plot_roc(outpath / "roc.png", predictions, table)
     for fold in range(n_folds):  # of a process killed between its last two steps
         checkpoints.checkpoint_path(outpath, fold).unlink(missing_ok=True)

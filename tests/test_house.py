@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_nothing_imports_upwards(rooms, strangers):
     for path in PRODUCT:
         if room_of(path) in rooms:
             assert not imports_of(path) & strangers, path
+
+
+@pytest.mark.parametrize("script", ["svm", "compare", "simulate"])
+def test_what_runs_without_torch_does_not_wait_for_it(script):
+    """Nor, for its options, for what draws pictures or fits models."""
+    code = (
+        f"import sys, runpy; sys.argv = ['{script}.py', '-h']\n"
+        f"try: runpy.run_path('{script}.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('torch', 'matplotlib', 'nilearn', 'sklearn') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_only_scripts_see_a_namespace():
