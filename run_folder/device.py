@@ -118,7 +118,7 @@ def keep_freed_memory(device: torch.device, needed_gb: float) -> None:
     """On a CPU, keep memory that is freed, if twice of what is needed is there.
 
     glibc gives large pieces back to the system, which hands them out again page by page and filled
-    with zeros: half of a training step's time. Kept, the peak is up to 1.8 times as high.
+    with zeros: up to half of a training step's time. Kept, the peak is up to 2.5 times as high.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
