@@ -99,7 +99,7 @@ def beta_relevance(
 
 def _slab_neurons(device: torch.device) -> int:
     """Return how many neurons to take at a time."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return SLAB_NEURONS
     free_bytes = torch.cuda.mem_get_info(device)[0]
     return min(MAX_SLAB_NEURONS, max(SLAB_NEURONS, free_bytes // 4 // BYTES_PER_NEURON))
