@@ -121,7 +121,7 @@ def train_draw(
             *map(utils.duration, left_s), "; best so far" * is_best,
         )  # fmt: skip
         files.write_csv(args.outpath / f"history_f{fold}.csv", pd.DataFrame(draw.history))
-        draw_losses(args.outpath, args.fold, cohort.labels, fold, rarely=True)
+        pictures.draw_losses(args.outpath, args.fold, cohort.labels, fold, REDRAW_SECONDS)
 
 
 def train_fold(
@@ -154,22 +154,8 @@ def train_fold(
     paths, labels = cohort.table["path"].iloc[test], cohort.labels[test]
     predictions = metrics.predictions_of(fold, paths, labels, logits)
     checkpoints.write_fold(args.outpath, fold, state, predictions)
-    draw_losses(args.outpath, args.fold, cohort.labels, fold, rarely=False)
+    pictures.draw_losses(args.outpath, args.fold, cohort.labels, fold)
     write_scans(args.outpath, cohort, volumes)
-
-
-def draw_losses(outpath: Path, n_folds: int, labels: np.ndarray, fold: int, rarely: bool) -> None:
-    """Draw the losses of all folds so far, if `rarely` at most every 30 s; `fold` is being done."""
-    path, histories, unlearned = outpath / "loss_curves.png", {}, []
-    if rarely and path.is_file() and time.time() - path.stat().st_mtime < REDRAW_SECONDS:
-        return
-    for each in range(n_folds):
-        if (outpath / f"history_f{each}.csv").is_file():
-            histories[each] = files.read_csv(outpath / f"history_f{each}.csv", pictures.LOSSES)
-        if (outpath / f"training_f{each}.csv").is_file():
-            kept = checkpoints.read_kept(outpath, each)
-            unlearned += [each] * (not kept["learned"])
-    pictures.plot_loss_curves(path, histories, metrics.entropy(labels), unlearned, fold)
 
 
 def write_scans(outpath: Path, cohort: dataset.Cohort, volumes: Volumes) -> None:
@@ -219,12 +205,12 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
     """Write what all folds have in common, from each fold's files; return what to say of it."""
     outpath, n_folds = args.outpath, args.fold
     predictions = metrics.gather_predictions(outpath, range(n_folds), cohort.table["path"])
-    of_training = pd.DataFrame([checkpoints.read_kept(outpath, fold) for fold in range(n_folds)])
+    of_training = pd.DataFrame([metrics.read_kept(outpath, fold) for fold in range(n_folds)])
     subjects = cohort.table.get("subject")
     table = metrics.metrics_table(predictions, subjects, args.seed, of_training)
     files.write_csv(outpath / "predictions.csv", predictions)
     files.write_csv(outpath / "metrics.csv", table)
-    draw_losses(outpath, n_folds, cohort.labels, n_folds, rarely=False)
+    pictures.draw_losses(outpath, n_folds, cohort.labels, n_folds)
     pictures.plot_roc(outpath / "roc.png", predictions, table)
     for fold in range(n_folds):  # of a process killed between its last two steps
         checkpoints.checkpoint_path(outpath, fold).unlink(missing_ok=True)
@@ -235,7 +221,7 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
     return [
         metrics.as_text(table),
         metrics.verdict(table).sentence,
-        f"{outpath}",
+        str(outpath),
         f"next: {following}",
     ]
 

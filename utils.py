@@ -244,12 +244,10 @@ class LogLines(io.StringIO):
         return len(text)
 
 
-def progress(
-    items: Iterable | None = None, description: str = "", is_logged: bool = True, **options
-) -> tqdm:
+def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
     """Return a progress bar on stderr, the first process's; without a terminal a line a minute."""
     options = {"leave": False, "dynamic_ncols": True} | options
-    if not is_first() or (not sys.stderr.isatty() and not is_logged):
+    if not is_first():
         return tqdm(items, disable=True, **options)
     if not sys.stderr.isatty():
         options |= {"file": LogLines(), "delay": 60, "mininterval": 60, "maxinterval": 60,

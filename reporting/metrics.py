@@ -21,6 +21,10 @@ SUMMARY_ROWS = ("mean", "mean_low", "mean_high", "sd", "pooled", "pooled_low", "
 COUNTS = ("n", "tp", "tn", "fp", "fn")
 WHOLE = ("epoch", "learned", "draw")
 SCORED = ("label", "probability", "predicted")
+DRAW_COLUMNS = {  # of training_f*.csv, a row a draw of weights
+    "draw": int, "epoch": int, "valid_loss": float, "valid_roc_auc": float,
+    "train_loss_kept": float, "label_entropy": float, "learned": int, "kept": int,
+}  # fmt: skip
 PREDICTION_COLUMNS = {
     "path": str, "label": int, "fold": int, "probability": float, "predicted": int,
 }  # fmt: skip
@@ -256,6 +260,12 @@ def of_validation(logits: np.ndarray, labels: np.ndarray, place: str) -> dict[st
         "valid_accuracy": float((logits.argmax(1) == labels).mean()),
         "valid_roc_auc": float(roc_auc(labels, scores, np.ones((1, len(labels))))[0]),
     }
+
+
+def read_kept(outpath: Path, fold: int) -> pd.Series:
+    """Return what training_f*.csv says of the draw of weights that a finished fold kept."""
+    table = files.read_csv(outpath / f"training_f{fold}.csv", DRAW_COLUMNS)
+    return table.loc[table["kept"].idxmax()].drop(["kept", "label_entropy"])
 
 
 def mean_loss(losses: np.ndarray, sizes: list[int], place: str) -> float:

@@ -3,6 +3,7 @@
 import gc
 import html
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
+from reporting.metrics import entropy, read_kept
 from run_folder import files
 
 if TYPE_CHECKING:  # matplotlib and nilearn take seconds: they are imported where they are used
@@ -30,14 +32,31 @@ def save_figure(figure: "Figure", path: Path, temporary_name: str = "") -> None:
         figure.savefig(temporary_path, dpi=DPI, format=path.suffix[1:])
 
 
+def draw_losses(
+    outpath: Path, n_folds: int, labels: np.ndarray, by_fold: int, min_age_s: float = 0.0
+) -> None:
+    """Draw the losses of a run's folds so far, unless that was done less than `min_age_s` ago.
+
+    `by_fold` is the fold of the process that draws them, where others may do so, too.
+    """
+    path, histories, unlearned = outpath / "loss_curves.png", {}, []
+    if min_age_s and path.is_file() and time.time() - path.stat().st_mtime < min_age_s:
+        return
+    for fold in range(n_folds):
+        if (outpath / f"history_f{fold}.csv").is_file():
+            histories[fold] = files.read_csv(outpath / f"history_f{fold}.csv", LOSSES)
+        if (outpath / f"training_f{fold}.csv").is_file():
+            unlearned += [fold] * (not read_kept(outpath, fold)["learned"])
+    plot_loss_curves(path, histories, entropy(labels), unlearned, by_fold)
+
+
 def plot_loss_curves(
     path: Path, histories: dict[int, pd.DataFrame], label_entropy: float,
-    unlearned: list[int] | None = None, by_fold: int | None = None,
+    unlearned: list[int], by_fold: int,
 ) -> None:  # fmt: skip
     """Draw folds' losses, as in history_f*.csv; a dot marks the epoch that is kept.
 
-    A dashed line is the loss without learning, the entropy of the labels. `by_fold` is the fold of
-    the process that draws them, where others may do so, too.
+    A dashed line is the loss without learning, the entropy of the labels.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -49,7 +68,7 @@ def plot_loss_curves(
     axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for axis, (fold, history) in zip(axes.flat, histories.items(), strict=False):
         best = history[history["best"] == 1].iloc[-1]
-        is_unlearned = fold in (unlearned or [])
+        is_unlearned = fold in unlearned
         axis.axhline(label_entropy, color="0.75", linestyle="--", label="nothing learned")
         axis.plot(history["epoch"], history["train_loss"], color="0.6", label="training")
         axis.plot(history["epoch"], history["valid_loss"], color="C0", label="validation")

@@ -15,10 +15,6 @@ from utils import InputError, some_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # of a state dict, in a dict of more
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
-DRAW_COLUMNS = {  # of training_f*.csv, a row a draw of weights
-    "draw": int, "epoch": int, "valid_loss": float, "valid_roc_auc": float,
-    "train_loss_kept": float, "label_entropy": float, "learned": int, "kept": int,
-}  # fmt: skip
 COUNTERS = ("n_averaged",)  # AveragedModel's
 
 
@@ -190,9 +186,3 @@ def write_fold(outpath: Path, fold: int, state: FoldState, predictions: pd.DataF
     files.write_csv(outpath / f"training_f{fold}.csv", state.draws())
     files.write_csv(outpath / f"predictions_f{fold}.csv", predictions)
     checkpoint_path(outpath, fold).unlink(missing_ok=True)
-
-
-def read_kept(outpath: Path, fold: int) -> pd.Series:
-    """Return what training_f*.csv says of the draw of weights that a finished fold kept."""
-    table = files.read_csv(outpath / f"training_f{fold}.csv", DRAW_COLUMNS)
-    return table.loc[table["kept"].idxmax()].drop(["kept", "label_entropy"])

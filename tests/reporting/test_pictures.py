@@ -52,7 +52,7 @@ def test_loss_curves_mark_folds_that_have_not_learned(tmp_path, monkeypatch):
                             "valid_loss": [0.7, 0.65, 0.649], "best": [1, 1, 0]})  # fmt: skip
     drawn = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, *path: drawn.append(figure))
-    pictures.plot_loss_curves(tmp_path / "a.png", {0: history, 3: history}, 0.5623, [3])
+    pictures.plot_loss_curves(tmp_path / "a.png", {0: history, 3: history}, 0.5623, [3], 0)
     first, second = drawn[0].axes
     assert (first.get_title(), second.get_title()) == ("fold 0", "fold 3: not learned")
     assert second.title.get_color() != first.title.get_color()

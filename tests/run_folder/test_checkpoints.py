@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from reporting import metrics
 from run_folder import checkpoints
 from run_folder.checkpoints import Draw, FoldState
 from utils import InputError
@@ -242,7 +243,7 @@ def test_a_finished_fold_writes_its_predictions_last(tmp_path, monkeypatch):
     assert np.load(tmp_path / "valid_loss_f1.npy").tolist() == [0.5, 0.25]
     history = pd.read_csv(tmp_path / "history_f1.csv")
     assert history.to_dict("records") == state.kept.history
-    assert checkpoints.read_kept(tmp_path, 1).to_dict() == {
+    assert metrics.read_kept(tmp_path, 1).to_dict() == {
         "draw": 0, "epoch": 2, "valid_loss": 0.25, "valid_roc_auc": 0.75, "train_loss_kept": 0.69,
         "learned": 0,
     }  # fmt: skip
