@@ -139,13 +139,13 @@ def compare_runs(args: argparse.Namespace, runs: list[Run]) -> None:
     """Write and say how the runs compare."""
     table, pairs = runs_table(runs), differences(runs, args.seed)
     files.write_csv(args.outpath / "runs.csv", table)
-    files.write_csv(args.outpath / "run_differences.csv", pairs)
     utils.conclude(metrics.as_text(table))
     if len(runs) > 1:
         utils.conclude(
             "sorted by validation loss: choose a model by it, never by the columns test_…"
         )
     if len(pairs):
+        files.write_csv(args.outpath / "run_differences.csv", pairs)
         heads = "differences of ROC AUC, with bootstrap intervals by subject:"
         utils.conclude(heads, metrics.as_text(pairs))
 

@@ -38,9 +38,8 @@ from run_folder import device as devices
 from run_folder.processes import from_first, run_script
 from run_folder.run import RunFolder, locked, new_record
 from run_folder.trained_run import TrainedFold
-from utils import InputError, RunError, log
+from utils import RunError, log
 
-EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05  # of a probability, for fp32; for tf32 and bf16
 MAX_SHARE = 0.5  # of the power of all folds' maps, by one fold
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
@@ -79,16 +78,6 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
     return RunFolder(args.outpath, stem, record, compared, results, shared)
 
 
-def set_weights(model: nn.Module, fold: TrainedFold, expected_sha256: str) -> None:
-    """Give the model the fold's trained weights; they must be those that the run began with."""
-    if files.sha256(fold.checkpoint_path) != expected_sha256:
-        raise RunError(
-            f"{fold.checkpoint_path} has changed since these maps were begun: when training is "
-            "done, start anew with --overwrite"
-        )
-    checkpoints.load_weights(fold.checkpoint_path, model)
-
-
 @torch.no_grad()
 def draw_weights(
     args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, model: nn.Module,
@@ -115,18 +104,6 @@ def draw_weights(
         norm.momentum = momentum
 
 
-def check_probability(
-    args: argparse.Namespace, fold: TrainedFold, path: str, found: float, expected: float
-) -> None:
-    """Raise an InputError unless trained weights see in a scan what they saw when it was tested."""
-    _, precision = trained_run.arithmetic(args.modelpath)
-    if abs(found - expected) > (EXACT_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE):
-        raise InputError(
-            f"{path} is not the scan that fold {fold.number} was tested on: its probability is "
-            f"{found:.3f}, and {expected:.3f} in the predictions of {args.modelpath}"
-        )
-
-
 @torch.no_grad()
 def check_scans(
     args: argparse.Namespace, cohort: dataset.Cohort, plan: list[TrainedFold], model: nn.Module,
@@ -142,7 +119,7 @@ def check_scans(
         checkpoints.load_weights(fold.checkpoint_path, model)
         volumes, _ = next(cohort.volumes(None, 1).batches(np.array([row]), 1, device))
         found = float(torch.softmax(model(volumes)[0].double(), 0)[1])
-        check_probability(args, fold, cohort.table["path"].iloc[row], found, expected)
+        fold.check_probability(args.modelpath, cohort.table["path"].iloc[row], found, expected)
 
 
 def explain(
@@ -194,7 +171,7 @@ def explain_fold(
         scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu().numpy(), strict=True)]
         for scan, expected in zip(scans, fold.probabilities[chunk], strict=True):
             if np.isfinite(expected) and not args.randomize:
-                check_probability(args, fold, scan.path, scan.probability, expected)
+                fold.check_probability(args.modelpath, scan.path, scan.probability, expected)
         for volume in volumes.cpu().numpy():
             of_scans[maps.MEAN_SCAN].add(volume[0])
             of_scans[maps.COVERAGE].add(volume[0] != 0)
@@ -232,7 +209,7 @@ def work_on_fold(
         if args.randomize:
             draw_weights(args, cohort, fold, model, device)
         else:
-            set_weights(model, fold, record["modelpath_sha256"][fold.checkpoint_path.name])
+            fold.load_weights(model, record["modelpath_sha256"])
         found, of_scans = explain_fold(args, cohort, fold, methods, model, device, bar)
         if utils.is_first():
             with locked(args.outpath, "mean_scan", wait=True):

@@ -58,7 +58,9 @@ def _load_run(folder: Path) -> Run:
         raise InputError(f"--run {folder} is no finished run: {error}") from None
     if splits is not None and "subject" in splits and splits["path"].is_unique:
         subjects = splits.set_index("path")["subject"].astype(str)
-        predictions["subject"] = subjects.reindex(predictions["path"]).to_numpy()
+        subjects = subjects.reindex(predictions["path"])
+        if subjects.notna().all():
+            predictions["subject"] = subjects.to_numpy()
     name = printable(str(record.get("model", folder.name)))[:MAX_NAME_SHOWN]
     pictures = [folder / each for each in PICTURES if (folder / each).is_file()]
     pictures = [path for path in pictures if path.read_bytes().startswith(PNG_SIGNATURE)]
@@ -95,38 +97,39 @@ def differences(runs: list[Run], seed: int) -> pd.DataFrame:
     The ends of the 95 % interval are percentiles of bootstrap draws of subjects, the same for both
     runs, within folds and labels where both have the same folds, else within labels.
     """
-    rows = []
-    for first, second in combinations(runs, 2):
-        one, other = (run.predictions.set_index("path") for run in (first, second))
-        if set(one.index) != set(other.index):
+    tables = [run.predictions.sort_values("path", ignore_index=True) for run in runs]
+    drawn: dict[tuple, np.ndarray] = {}  # mean fold ROC AUCs, by run, strata and whose subjects
+
+    def draws_of(index: int, are_same_folds: bool, owner: int) -> np.ndarray:
+        table = tables[index]
+        if (index, are_same_folds, owner) not in drawn:
+            strata = table if are_same_folds else table.assign(fold=0)
+            unit, stratum = metrics.units_and_strata(strata, tables[owner].get("subject"))
+            weights = metrics.bootstrap_weights(unit, stratum, seed)
+            auc = [metrics.fold_means(table, each)["roc_auc"] for each in weights]
+            drawn[index, are_same_folds, owner] = np.concatenate(auc)
+        return drawn[index, are_same_folds, owner]
+
+    tail, rows = (100 - metrics.CONFIDENCE_PERCENT) / 200, []
+    for first, second in combinations(range(len(runs)), 2):
+        one, other = tables[first], tables[second]
+        if not one[["path", "label"]].equals(other[["path", "label"]]):
             continue
-        other = other.loc[one.index]
-        if (one["label"] != other["label"]).any():
-            continue
-        is_paired = (one["fold"] == other["fold"]).all()
-        one, other = one.reset_index(), other.reset_index()
-        subjects = one.get("subject")
-        subjects = None if subjects is None or subjects.isna().any() else subjects
-        table = one if is_paired else one.assign(fold=0)
-        unit, stratum = metrics.units_and_strata(table, subjects)
-        values = [metrics.fold_means(each, np.ones((1, len(unit))))["roc_auc"][0]
-                  for each in (one, other)]  # fmt: skip
-        draws = pd.concat(
-            metrics.fold_means(one, weights)["roc_auc"]
-            - metrics.fold_means(other, weights)["roc_auc"]
-            for weights in metrics.bootstrap_weights(unit, stratum, seed)
-        )
-        tail = (100 - metrics.CONFIDENCE_PERCENT) / 200
+        alike = [i for i, table in enumerate(tables) if table["path"].equals(one["path"])]
+        owner = next((i for i in alike if "subject" in tables[i]), alike[0])
+        are_same_folds = one["fold"].equals(other["fold"])
+        draws = draws_of(first, are_same_folds, owner) - draws_of(second, are_same_folds, owner)
+        auc = [runs[i].metrics.loc["mean", "roc_auc"] for i in (first, second)]
         rows.append(
             {
-                "run": first.name,
-                "other": second.name,
-                "difference": values[0] - values[1],
-                "low": draws.quantile(tail),
-                "high": draws.quantile(1 - tail),
-                "n_scans": len(unit),
-                "n_subjects": len(np.unique(unit)),
-                "same_folds": bool(is_paired),
+                "run": runs[first].name,
+                "other": runs[second].name,
+                "difference": auc[0] - auc[1],
+                "low": np.nanquantile(draws, tail),
+                "high": np.nanquantile(draws, 1 - tail),
+                "n_scans": len(one),
+                "n_subjects": tables[owner].get("subject", one["path"]).nunique(),
+                "same_folds": are_same_folds,
             }
         )
     return pd.DataFrame(rows)

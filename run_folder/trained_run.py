@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from run_folder import checkpoints, files, folds
-from utils import InputError
+from utils import InputError, RunError
 
 MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
+EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05  # of a probability, for fp32; for tf32 and bf16
 BATCH = 5  # scans per training step: the paper's, and that of a folder without run.json
 
 
@@ -37,6 +39,24 @@ class TrainedFold:
     parts: np.ndarray
     probabilities: np.ndarray
     train_rows: np.ndarray
+
+    def load_weights(self, model: nn.Module, expected_sha256: dict[str, str]) -> None:
+        """Give a model the fold's weights; they must be those that the maps' run began with."""
+        if files.sha256(self.checkpoint_path) != expected_sha256[self.checkpoint_path.name]:
+            raise RunError(
+                f"{self.checkpoint_path} has changed since these maps were begun: when training is "
+                "done, start anew with --overwrite"
+            )
+        checkpoints.load_weights(self.checkpoint_path, model)
+
+    def check_probability(self, modelpath: Path, path: str, found: float, expected: float) -> None:
+        """Raise an InputError unless the weights see in a scan what they saw when it was tested."""
+        _, precision = arithmetic(modelpath)
+        if abs(found - expected) > (EXACT_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE):
+            raise InputError(
+                f"{path} is not the scan that fold {self.number} was tested on: its probability is "
+                f"{found:.3f}, and {expected:.3f} in the predictions of {modelpath}"
+            )
 
 
 def plan(

@@ -79,3 +79,16 @@ def test_bad_input(tmp_path, refusal):
     assert "--run is needed" in refusal(compare, out)
     assert "go together" in refusal(compare, ["--maps", "a.nii", *out])
     assert not (tmp_path / "out").exists()
+
+
+def test_many_runs_are_drawn_once_each(tmp_path, monkeypatch):
+    """The 32 published models have 496 pairs."""
+    folders = [write_run(tmp_path / str(i), 1.0, seed=i) for i in range(5)]
+    loaded, draw, drawn = runs.load_runs(folders), metrics.bootstrap_weights, []
+
+    def count(*arguments):
+        drawn.append(1)
+        return draw(*arguments)
+
+    monkeypatch.setattr(metrics, "bootstrap_weights", count)
+    assert len(runs.differences(loaded, 0)) == 10 and len(drawn) == 5
