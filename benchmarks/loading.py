@@ -87,6 +87,7 @@ def forget(paths: list[Path]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
     torch.set_num_threads(1)
+    devices.keep_freed_memory(torch.device("cpu"), needed_gb=0)  # as train_cv.py does
     shape = FULL_SHAPE if args.full else QUICK_SHAPE
     found = measure(shape, args.n, args.epochs, args.workers)
     print(f"{args.n} float32 .nii.gz of {'×'.join(map(str, shape))} voxels\n")

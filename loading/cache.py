@@ -125,7 +125,8 @@ class Volumes:
         volume_data = self._load(row)
         mine = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}-{self.paths[row].name}"
         header = np.lib.format.header_data_from_array_1_0(volume_data)
-        whole_file = files.whole_file(self.paths[row], mine, volume_data.nbytes)
+        # a file that a power failure cuts short has not its full size, and is decoded again
+        whole_file = files.whole_file(self.paths[row], mine, volume_data.nbytes, is_durable=False)
         with whole_file as temporary_path, temporary_path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)  # np.save would hide a full disk
             file.write(volume_data.data)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
@@ -284,7 +284,7 @@ def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
     filling = float(values[counts.argmax()]) if counts.max() > MAX_FILLED * len(part) else 0.0
     return {
         "n_nonfinite": n_nonfinite,
-        "crc32": zlib.crc32(np.ascontiguousarray(volume_data)),
+        "crc32": isal_zlib.crc32(np.ascontiguousarray(volume_data)),
         "top": float(part[int(0.999 * (len(part) - 1))]),
         "filling": filling or None,
     }

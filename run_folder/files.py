@@ -90,17 +90,21 @@ def check_room(needed_gb: dict[str, tuple[float, Path]]) -> list[str]:
 
 
 @contextmanager
-def whole_file(path: Path, temporary_name: str = "", n_bytes: int = 0) -> Iterator[Path]:
+def whole_file(
+    path: Path, temporary_name: str = "", n_bytes: int = 0, is_durable: bool = True
+) -> Iterator[Path]:
     """Yield a temporary path; flush it and rename it onto `path`, which is unharmed until then.
 
     A RunError if that fails. Where several processes may write `path`, each needs a temporary name;
-    `n_bytes` is for the message when the disk is full.
+    `n_bytes` is for the message when the disk is full. What is not durable may be cut short by a
+    power failure.
     """
     temporary_path = path.with_name(TEMPORARY_PREFIX + (temporary_name or path.name))
     try:
         yield temporary_path
-        with temporary_path.open("rb+") as file:
-            os.fsync(file.fileno())
+        if is_durable:
+            with temporary_path.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary_path.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)

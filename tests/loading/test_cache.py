@@ -222,20 +222,20 @@ from loading import image
 from loading.cache import Volumes
 
 scans, shape, folder, n_processes, n_whole = json.loads(sys.argv[1])
-names, load_volume, fsync = [], image.load_volume, os.fsync
+names, load_volume, replace = [], image.load_volume, Path.replace
 
 def load(scan):
     names.append(scan)
     time.sleep(0.05)
     return load_volume(scan)
 
-def hang(number):
+def hang(path, target):
     if len(names) > n_whole:
         Path(folder + "-hangs").touch()
         time.sleep(1000)
-    fsync(number)
+    replace(path, target)
 
-image.load_volume, os.fsync = load, hang
+image.load_volume, Path.replace = load, hang
 volumes = Volumes(scans, np.zeros(len(scans)), tuple(shape), Path(folder))
 others = []
 while len(others) < n_processes - 1 and (pid := os.fork()):
@@ -302,18 +302,18 @@ def test_too_little_room_is_said_before_anything_is_written(scans, tmp_path, mon
 
 
 def test_a_disk_that_is_full_midway_keeps_what_was_decoded(scans, tmp_path, monkeypatch, decoded):
-    numbers, fsync = [], os.fsync
+    names, replace = [], Path.replace
 
-    def fill_disk(number):
-        numbers.append(number)
-        if len(numbers) > 3:
+    def fill_disk(path, target):
+        names.append(path)
+        if len(names) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(number)
+        replace(path, target)
 
-    monkeypatch.setattr(os, "fsync", fill_disk)
+    monkeypatch.setattr(Path, "replace", fill_disk)
     with pytest.raises(RunError, match=r"disk is full: up to 0\.1 MB are needed, [\d.]+ MB are"):
         cached(scans, tmp_path, 0).fill()
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
     volumes = cached(scans, tmp_path)
     assert (len(volumes.missing()), len(list(volumes.folder.glob("*.npy")))) == (5, 3)
     decoded.clear()
