@@ -168,9 +168,11 @@ def write_scans(outpath: Path, cohort: dataset.Cohort, volumes: Volumes) -> None
 
 def dry_run(
     args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, volumes: Volumes,
-    device: torch.device,
+    device: torch.device, kept_gb: float,
 ) -> None:  # fmt: skip
     """Say what the run would take, from training steps on the first scans; write nothing."""
+    if not utils.is_first():
+        return
     model, optimizer = make_network(args, cohort.volume_shape, device)
     rows = np.arange(args.batch) % len(cohort.scans)
     from_files = cohort.volumes(None, args.workers)  # whatever is decoded already
@@ -189,12 +191,13 @@ def dry_run(
         needs["decoded scans"] = (volumes.gb, volumes.folder)
     n_train = max(int((splits[f"fold_{f}"] == "train").sum()) for f in range(args.fold))
     epoch_s = step_s * n_train / args.batch
+    kept = f"; besides, {kept_gb:.3g} GB of scans stay on the GPU" * bool(kept_gb)
     shortest, longest = (utils.duration(args.fold * epoch_s * n)
                          for n in (min(args.epochs, args.patience + 1), args.epochs))  # fmt: skip
     utils.say(
         f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
         f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
-        f"{devices.peak_gb(device):.3g} GB",
+        f"{devices.peak_gb(device):.3g} GB{kept}",
         f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
         f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
         *files.check_room(needs),
@@ -284,7 +287,8 @@ def main(args: argparse.Namespace) -> None:
     volumes = cohort.volumes(folder, args.workers)
     from_first(lambda: run.check(args.overwrite))  # nothing is written yet
     if args.dry_run:
-        return dry_run(args, cohort, splits, volumes, device) if utils.is_first() else None
+        kept_gb = volumes.gb_on(device, needed_gb)
+        return dry_run(args, cohort, splits, volumes, device, kept_gb)
     from_first(lambda: volumes.check_room() if run.unfinished(wanted) else None)
     run = from_first(lambda: run.start(args.overwrite, {"splits.csv": splits}))
     utils.start_log(args.outpath / "train_cv.log", args.only_fold)
@@ -304,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
         if mine:
             volumes.fill()
             write_scans(args.outpath, cohort, volumes)
-            volumes.keep_on(device)
+            volumes.keep_on(device, needed_gb)
         bar = utils.progress(total=len(mine) * args.epochs, description="at most", unit="epoch")
         for fold in mine:
             with run.hold(fold) as is_unfinished:

@@ -206,18 +206,22 @@ class Volumes:
             pool.shutdown(cancel_futures=True)
         self._warn()
 
-    def keep_on(self, device: "torch.device") -> None:
-        """Keep all volumes on a GPU from now on, if they take little of its free memory."""
+    def gb_on(self, device: "torch.device", needed_gb: float) -> float:
+        """Return what all volumes take of a GPU that has room for them and the work; else 0."""
+        import torch
+
+        free_gb = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else 0.0
+        room_gb = min(MAX_SHARE_OF_GPU * free_gb, free_gb - needed_gb)
+        return self.gb if self.gb <= room_gb else 0.0
+
+    def keep_on(self, device: "torch.device", needed_gb: float) -> None:
+        """Keep all volumes on a GPU from now on, if it has room for them and for the work."""
         import torch
 
         if device.type == "cpu" or self.kept is not None:
             return
-        free_gb = torch.cuda.mem_get_info(device)[0] / 1e9
-        if self.gb > MAX_SHARE_OF_GPU * free_gb:
-            log.info(
-                "the scans take %.3g GB, more than %.0f %% of the %.3g GB that are free on %s: "
-                "they are read in every epoch", self.gb, 100 * MAX_SHARE_OF_GPU, free_gb, device,
-            )  # fmt: skip
+        if not self.gb_on(device, needed_gb):
+            log.info("%.3g GB of scans are read in every epoch: they fill %s", self.gb, device)
             return
         rows, kept = np.arange(len(self)), torch.empty(len(self), 1, *self.shape, device=device)
         bar = progress(self.batches(rows, N_COPIED, device), "copying to the GPU")

@@ -94,7 +94,8 @@ def test_steps_are_the_cpus(monkeypatch, name):
 
 def test_a_run_repeats_and_resumes(cohort_csv, gpu_run, tmp_path):
     """Of the second run one fold comes first; it ends with the same bits."""
-    train(cohort_csv, tmp_path / "run", "--dry-run")
+    shown, _ = train(cohort_csv, tmp_path / "run", "--dry-run")
+    assert re.search(r"[\d.]+ GB; besides, 0\.000956 GB of scans stay on the GPU", shown)
     assert not (tmp_path / "run").exists()
     train(cohort_csv, tmp_path / "run", "--only-fold", "1")
     train(cohort_csv, tmp_path / "run")

@@ -280,6 +280,16 @@ def test_a_process_killed_while_it_writes_is_gone_on_with(scans, tmp_path, decod
     assert_right(volumes)
 
 
+def test_scans_stay_on_a_gpu_only_beside_the_work(scans, tmp_path, monkeypatch):
+    """They take at most 40 % of what is free there, and leave what the work needs."""
+    volumes, gpu = cached(scans, tmp_path), torch.device("cuda:0")
+    for free, needed, fits in ((2.6, 0, True), (2.4, 0, False), (4, 2.9, True), (4, 3.1, False)):
+        n_bytes = int(free * volumes.gb * 1e9)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, n=n_bytes: (n, 10**12))
+        assert volumes.gb_on(gpu, needed * volumes.gb) == (volumes.gb if fits else 0)
+    assert volumes.gb_on(torch.device("cpu"), 0.0) == 0
+
+
 # The disk
 
 
