@@ -1,29 +1,37 @@
-"""Ask how well maps overlap a reference map, such as a meta-analysis of where the disease strikes.
+"""Ask how well maps overlap a reference, such as a meta-analysis of where the disease strikes.
 
-    python3 compare.py --maps maps/LRP_map_all.nii.gz maps/IG_map_all.nii.gz \\
-        svm/SVM_pattern_all.nii.gz --reference meta_analysis.nii.gz --outpath ./comparison/ \\
-        --run ./output/ ./svm/
+    python3 compare.py --maps maps/IG_map_all.nii.gz maps/IG_contrast_all.nii.gz \\
+        svm/SVM_pattern_all.nii.gz --reference meta_analysis.nii.gz --sign neg pos abs \\
+        --fwhm 10 0 --run ./output/ ./svm/ --outpath ./comparison/
 
-Every measure comes with what chance would give. Beside a map that ends in _all, its fold maps
-(_f0, _f1, …) are measured too.
+Every measure comes with what chance would give, and every map is measured with each --sign and each
+--fwhm; tables lead with the first of each, and nothing picks the best. Beside a map that ends in
+_all its fold maps (_f0, _f1, …) are measured too, and the map of untrained networks (_random_), its
+control, is added. Where heatmap.py --save-subjects left the maps of single scans, measures have
+standard errors, and contrasts a p of exchanged labels.
 
---sign says what counts as evidence. LRP, IG and GGC: abs takes evidence for and against the target
-class alike, pos only evidence for it, raw ranks evidence against it below none. SVM: abs takes any
-voxel that matters (weights) or changes (pattern), pos only where patients are brighter, raw ranks
-darker voxels lowest; atrophy makes patients darker, so abs is the one to use.
+--sign says what counts as evidence: neg is what reads atrophy, which darkens tissue, in maps of IG,
+GGC and SVM with --target 1, and pos in the contrast of IG; see docs/reading-maps.md.
+
+    python3 compare.py --maps maps/IG_map_all.nii.gz maps/LRP_map_all.nii.gz --outpath ./stability/
+
+Without --reference the maps are shown, with how stable each is and how they correlate.
 
     python3 compare.py --run ./modelA24/ ./modelB32/ ./svm/ --outpath ./chosen/
 
 Runs are sorted by their validation loss, which is what a model is chosen by; for two runs of the
 same scans the difference of their ROC AUCs has a bootstrap interval.
 
-Written to --outpath: comparison.csv, dice_curves.png, report.html, compare.log; with --atlas,
-regions.csv; with --run, runs.csv and run_differences.csv.
+Written to --outpath: comparison.csv, correlations.csv, differences.csv, dice_curves.png,
+settings.png, report.html, compare.log; with --atlas, regions.csv; with --run, runs.csv and
+run_differences.csv.
 """
 
 import argparse
 import shlex
 import sys
+import tempfile
+from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
@@ -31,58 +39,149 @@ import numpy as np
 import pandas as pd
 
 import utils
-from comparing import overlap, page
+from comparing import overlap, page, significance
+from comparing import space as spaces
 from comparing.runs import Run, differences, load_runs, runs_table
+from comparing.significance import ScanMaps
 from comparing.space import Map, Space, load_atlas, load_maps, load_space
-from reporting import metrics
+from loading.image import read_image
+from reporting import metrics, pictures
 from run_folder import files
 from run_folder.processes import run_script
 from utils import log
 
+NO_CONTROL = (
+    "%s: its label_p says that the groups' maps differ there, not that the networks learned it: "
+    "that of untrained networks is to stand beside it (heatmap.py --randomize --save-subjects)"
+)
 MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
-SHOWN = ("map", *MEASURES, "p", "null_mean", "null_p", "outside")
+WITH_ERRORS = {"dice_matched": overlap.dice_matched, "average_precision": overlap.average_precision}
+SHOWN = (
+    "map", "sign", "fwhm", "dice_matched", "dice_matched_se", "average_precision",
+    "average_precision_se", "roc_auc", "label_p", "label_p_untrained", "shift_p", "fold_r",
+    "half_r", "outside",
+)  # fmt: skip
 
 
-def evidence(map_img: nib.Nifti1Image, sign: str, fwhm_mm: float) -> np.ndarray:
-    """Return what of a map counts as evidence: after --sign and then --fwhm."""
-    data = overlap.SIGNS[sign](map_img.get_fdata(dtype=np.float32))
-    if fwhm_mm == 0:
-        return data
-    from nilearn import image
+def smoothed(img: nib.Nifti1Image, fwhm_mm: float) -> np.ndarray:
+    """Return a map's data, (D, H, W), signed, smoothed with a Gaussian of this width."""
+    if fwhm_mm:
+        from nilearn import image
 
-    smooth_img = image.smooth_img(nib.Nifti1Image(data, map_img.affine), fwhm_mm)
-    return smooth_img.get_fdata(dtype=np.float32)
+        img = image.smooth_img(img, fwhm_mm)
+    return img.get_fdata(dtype=np.float32)
 
 
-def measure(
+def measure(args: argparse.Namespace, name: str, each: Map, space: Space) -> list[dict]:
+    """Return a map's rows of comparison.csv, one a setting; the first also has its Dice curve."""
+    rows, mask_data, inside = [], space.mask_data, space.inside
+    for fwhm_mm in args.fwhm:
+        signed_data = smoothed(each.img, fwhm_mm)
+        of_folds = [smoothed(img, fwhm_mm)[mask_data] for img in each.fold_imgs]
+        for sign in args.sign:
+            data = overlap.SIGNS[sign](signed_data)
+            total = np.abs(data).sum(dtype=np.float64)
+            beyond = np.abs(data[~mask_data]).sum(dtype=np.float64)
+            row = {"map": name, "sign": sign, "fwhm": fwhm_mm, "n_mask": int(mask_data.sum()),
+                   "n_folds": len(of_folds), "fold_r": significance.fold_r(np.array(of_folds)),
+                   "outside": beyond / total if total else np.nan}  # fmt: skip
+            if inside is not None:
+                row |= {"n_reference": int(inside.sum()), "p": inside.mean()}
+                row |= overlap.overlap(data[mask_data], inside)
+                found = [overlap.overlap(overlap.SIGNS[sign](v), inside) for v in of_folds]
+                table = pd.DataFrame(found, columns=MEASURES, dtype=float)
+                row |= {f"{m}_folds_mean": table[m].mean() for m in MEASURES}
+                row |= {f"{m}_folds_sd": table[m].std() for m in MEASURES}
+            if inside is not None and not rows:
+                row["shift_p"], row["shift_mean"] = overlap.shift_null(
+                    data, mask_data, space.reference_data, args.seed, args.permutations
+                )
+                row["curve"] = overlap.dice_curve(data[mask_data], inside)[0]
+            if row.get("degenerate"):
+                log.warning("%s: fewer non-zero voxels than the reference has", name)
+            rows.append(row)
+    return rows
+
+
+def judge(
     args: argparse.Namespace, name: str, each: Map, space: Space
-) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return a map's row of comparison.csv, its Dice curve and its evidence volume."""
-    data = evidence(each.img, args.sign, args.fwhm)
-    values, inside = data[space.mask_data], space.inside
-    row = {"map": name, "n_mask": len(inside), "n_reference": int(inside.sum()), "p": inside.mean()}
-    row |= overlap.overlap(values, inside)
-    row["null_p"], row["null_mean"] = overlap.shift_null(
-        data, space.mask_data, space.reference_data, args.seed
-    )
-    of_folds = pd.DataFrame(
-        [
-            overlap.overlap(evidence(img, args.sign, args.fwhm)[space.mask_data], inside)
-            for img in each.fold_imgs
-        ]
-    )
-    row["n_folds"] = len(each.fold_imgs)
-    for measure_name in MEASURES:
-        of_measure = of_folds.get(measure_name, pd.Series(dtype=float))
-        row[f"{measure_name}_folds_mean"] = of_measure.mean()
-        row[f"{measure_name}_folds_sd"] = of_measure.std()
-    total = np.abs(data).sum(dtype=np.float64)
-    row["outside"] = (
-        np.abs(data[~space.mask_data]).sum(dtype=np.float64) / total if total else np.nan
-    )
-    if row["degenerate"]:
-        log.warning("%s: fewer non-zero voxels than the reference has", name)
-    return row, overlap.dice_curve(values, inside)[0], data
+) -> tuple[dict, np.ndarray | None]:
+    """Say how sure a map's first row is, from its scans' maps; also return its measures' draws.
+
+    Scans are smoothed once, into a file that is removed at the end.
+    """
+    if each.scans is None:
+        return {}, None
+    n_values = (len(each.scans), int(space.mask_data.sum()))
+    gb = 4e-9 * n_values[0] * n_values[1]
+    log.info("%s: maps of %d scans, %.3g GB in --outpath meanwhile", name, n_values[0], gb)
+    files.check_room({"maps of scans": (gb, args.outpath)})
+    with tempfile.TemporaryDirectory(dir=args.outpath, prefix=files.TEMPORARY_PREFIX) as folder:
+        values = np.memmap(Path(folder) / "scans", np.float32, "w+", shape=n_values)
+        for row, path in enumerate(utils.progress(each.scans["map"], f"smoothing {name}")):
+            values[row] = smoothed(read_image(path, "map"), args.fwhm[0])[space.mask_data]
+        scan_maps = ScanMaps(values, each.scans, each.is_contrast)
+        if not significance.is_mean_of(
+            scan_maps, smoothed(each.img, args.fwhm[0])[space.mask_data]
+        ):
+            log.warning("%s is not the mean of its scans' maps (--mean equal?): no errors", name)
+            return {}, None
+        return judge_scans(args, name, scan_maps, space.inside)
+
+
+def judge_scans(
+    args: argparse.Namespace, name: str, scan_maps: ScanMaps, inside: np.ndarray | None
+) -> tuple[dict, np.ndarray | None]:
+    """Return standard errors, the p of exchanged labels and the halves' correlation, and draws."""
+    found = {"n_scans": len(scan_maps.table), "half_r": significance.half_r(scan_maps, args.seed)}
+    if inside is None:
+        return found, None
+    evidence = overlap.SIGNS[args.sign[0]]
+    measures = [lambda v, f=f: f(evidence(v), inside) for f in WITH_ERRORS.values()]
+    draws = significance.draws(scan_maps, measures, args.seed)
+    errors = draws.std(axis=0, ddof=1)
+    found |= {f"{m}_se": error for m, error in zip(WITH_ERRORS, errors, strict=True)}
+    if scan_maps.is_contrast:
+        found["label_p"], n_fixed = significance.label_p(
+            scan_maps, measures[0], args.permutations, args.seed
+        )
+        if n_fixed:
+            log.warning("%s: %d subjects keep their labels in all exchanges", name, n_fixed)
+    return found, draws
+
+
+def add_controls(table: pd.DataFrame, maps: dict[str, Map]) -> None:
+    """Put beside a contrast's label_p that of the untrained networks, in label_p_untrained."""
+    label_p = table["label_p"].dropna().set_axis(table.loc[table["label_p"].notna(), "map"])
+    for name, each in maps.items():
+        path = spaces.control_path(each.path)
+        control = next((k for k, m in maps.items() if m.path == path and m is not each), "")
+        if name in label_p and control in label_p:
+            is_first = (table["map"] == name) & table["label_p"].notna()
+            table.loc[is_first, "label_p_untrained"] = label_p[control]
+        elif name in label_p and "_random_" not in each.path.name:
+            log.warning(NO_CONTROL, name)
+
+
+def differences_of_maps(
+    table: pd.DataFrame, maps: dict[str, Map], draws: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    """Return, for each pair of maps of the same scans, differences with their standard errors."""
+    of_map, rows, unpaired = table.drop_duplicates("map").set_index("map"), [], []
+    for one, other in combinations(draws, 2):
+        scans = [maps[name].scans.drop(columns="map") for name in (one, other)]
+        if not scans[0].equals(scans[1]):
+            unpaired.append(f"{one} and {other}")
+            continue
+        errors = (draws[one] - draws[other]).std(axis=0, ddof=1)
+        row = {"map": one, "other": other, "n_scans": len(scans[0])}
+        for name, error in zip(WITH_ERRORS, errors, strict=True):
+            difference = of_map.loc[one, name] - of_map.loc[other, name]
+            row |= {f"{name}_difference": difference, f"{name}_difference_se": error}
+        rows.append(row)
+    if unpaired:
+        log.info("maps of different scans have no difference: %s", utils.some_of(unpaired))
+    return pd.DataFrame(rows)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,9 +198,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="analysis mask; left out: where at least half of the explained scans are not 0")
     option("--reference-threshold", type=number(float), default=0.0,
            help="the reference is where its map is above this")
-    option("--sign", choices=list(overlap.SIGNS), default="abs", help="what counts as evidence")
-    option("--fwhm", type=number(float, at_least=0), default=0.0,
-           help="smooth the maps, after --sign, with a Gaussian of this width in mm")
+    option("--sign", choices=list(overlap.SIGNS), nargs="+", default=["abs"],
+           help="what counts as evidence, after --fwhm")
+    option("--fwhm", type=number(float, at_least=0), nargs="+", default=[0.0], metavar="MM",
+           help="smooth the signed maps with a Gaussian of this width in mm")
+    option("--permutations", type=number(int, at_least=1), default=1000,
+           help="exchanges of labels, and shifts of maps, that a p is taken from")
     option("--atlas", type=Path, default=None, metavar="FILE", help="label image for regions.csv")
     option("--atlas-labels", type=Path, default=None, metavar="CSV",
            help="number and name of each region of --atlas, with a header row")
@@ -112,8 +214,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.atlas is None) != (args.atlas_labels is None):
         parser.error("--atlas and --atlas-labels go together")
-    if bool(args.maps) != bool(args.reference) or not (args.maps or args.run):
-        parser.error("--maps and --reference go together; without them --run is needed")
+    if (args.reference and not args.maps) or not (args.maps or args.run):
+        parser.error("--maps are needed, or --run without --reference")
+    for name in ("sign", "fwhm"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"argument --{name}: a value is given twice")
     args.command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -154,37 +259,53 @@ def compare_maps(
     args: argparse.Namespace, maps: dict[str, Map], space: Space, atlas: tuple | None,
     runs: list[Run],
 ) -> None:  # fmt: skip
-    """Measure every map against the reference, write the tables and draw the page."""
+    """Measure every map in every setting, write the tables and draw the page."""
     log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
-    rows, curves, regions = [], {}, []
+    rows, curves, draws, values, regions = [], {}, {}, {}, []
     with utils.log_above_bars():
         for name, each in utils.progress(maps.items(), "maps"):
-            row, curves[name], data = measure(args, name, each, space)
-            rows.append(row)
+            first, *others = measure(args, name, each, space)
+            curves[name] = first.pop("curve", None)
+            judged, of_draws = judge(args, name, each, space)
+            if of_draws is not None:
+                draws[name] = of_draws
+            rows += [first | judged, *others]
+            values[name] = smoothed(each.img, args.fwhm[0])[space.mask_data]
             if atlas is not None:
-                region_rows = overlap.region_table(data[space.mask_data], *atlas)
-                regions += [{"map": name, **region_row} for region_row in region_rows]
+                evidence = overlap.SIGNS[args.sign[0]](values[name])
+                regions += [{"map": name} | row for row in overlap.region_table(evidence, *atlas)]
     table = pd.DataFrame(rows)
-    files.write_csv(args.outpath / "comparison.csv", table)
-    region_table = pd.DataFrame(regions) if atlas is not None else None
-    if region_table is not None:
-        files.write_csv(args.outpath / "regions.csv", region_table)
-
-    page.plot_dice_curves(args.outpath / "dice_curves.png", curves, space.inside.mean())
+    if "label_p" in table:
+        add_controls(table, maps)
+    tables = {
+        "comparison": table,
+        "correlations": page.correlations(values),
+        "differences": differences_of_maps(table, maps, draws),
+        "regions": pd.DataFrame(regions),
+    }
+    for name, each in tables.items():
+        if len(each):
+            files.write_csv(args.outpath / f"{name}.csv", each)
+    if space.inside is not None:
+        p = space.inside.mean()
+        pictures.plot_curves(args.outpath / "dice_curves.png", overlap.TOP_FRACTIONS, curves, p)
+        pictures.plot_settings(args.outpath / "settings.png", table)
     facts = {
         "Command": args.command,
         "Reference": f"{args.reference}, above {args.reference_threshold:g}; "
-        f"{space.inside.sum()} of {len(space.inside)} mask voxels",
+        f"{space.inside.sum()} of {len(space.inside)} mask voxels"
+        if args.reference else "none was given",
         "Mask": space.mask_source,
-        "Evidence": f"--sign {args.sign}, smoothed by {args.fwhm:g} mm",
+        "Evidence": f"--sign {' '.join(args.sign)}, smoothed by "
+        f"{' or '.join(f'{fwhm:g}' for fwhm in args.fwhm)} mm; the first of each leads",
         "Background": space.background_source,
         "Versions": ", ".join(f"{k} {v}" for k, v in utils.versions().items()),
         "Made": utils.now(),
-    }
+    }  # fmt: skip
     page_path = args.outpath / "report.html"
-    page.write_page(page_path, facts, table, region_table, runs, maps, space)
-    verdicts = page.verdicts(runs, maps)
-    utils.conclude(metrics.as_text(table[list(SHOWN)]), *verdicts, f"open {page_path}")
+    page.write_page(page_path, facts, tables, runs, maps, space)
+    shown = table[[name for name in SHOWN if name in table]]
+    utils.conclude(metrics.as_text(shown), *page.verdicts(runs, maps), f"open {page_path}")
 
 
 if __name__ == "__main__":

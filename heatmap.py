@@ -12,7 +12,8 @@ The same command, typed again, resumes with the folds that are not finished. Und
 scans of each fold are shared among the processes.
 
 Written to --outpath, {M} being the method: {M}_map_f*.nii.gz, their mean {M}_map_all.nii.gz with
-.json, .png and .html beside it, {M}_predictions.csv, mean_scan.nii.gz, {M}_run.json, heatmap.log.
+.json, .png and .html beside it, {M}_predictions.csv, mean_scan.nii.gz, {M}_run.json, heatmap.log;
+where --target is 0 or 1 also {M}_contrast_f*.nii.gz and _all, patients' mean map less controls'.
 """
 
 import argparse
@@ -40,8 +41,13 @@ from run_folder.run import RunFolder, locked, new_record
 from run_folder.trained_run import TrainedFold
 from utils import RunError, log
 
+NO_CONTRAST = (
+    "%s: no contrast of patients' and controls' maps, which explain different logits with --target "
+    "%s; --target 1 gives it"
+)
 MAX_SHARE = 0.5  # of the power of all folds' maps, by one fold
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
+ONE_CLASS = ("0", "1")  # targets that explain one class for everybody
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
 OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ("cam",)}
 CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
@@ -66,9 +72,11 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
     """Return the run of one method in --outpath."""
     stem = stem_of(args, method)
     results = (
-        f"{stem}_predictions_f*.csv", f"{stem}_predictions.csv", f"{stem}_map_f*.nii.gz",
+        f"{stem}_predictions_f*.csv", f"{stem}_predictions.csv",
+        *(f"{stem}_{kind}_f*.nii.gz" for kind in maps.KINDS),
         *(f"{stem}_map_{name}{fold}.nii.gz" for name in maps.OUTCOMES for fold in ("", "_f*")),
-        *(f"{stem}_map_all.{suffix}" for suffix in ("nii.gz", "json", "png", "html")),
+        *(f"{stem}_{kind}_all.{suffix}" for kind in maps.KINDS
+          for suffix in ("nii.gz", "json", "png", "html")),
         f"{stem}_subjects/[0-9]*_f*.nii.gz",
     )  # fmt: skip
     compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *(["seed"] * args.randomize), *CONTENTS)
@@ -148,12 +156,14 @@ def explain_fold(
     Returns the methods' maps, and by file name the mean scan and the share of scans that are not 0.
     """
     found, of_scans = [], {maps.MEAN_SCAN: RunningMean(), maps.COVERAGE: RunningMean()}
+    names = maps.OUTCOMES * args.by_outcome + maps.GROUPS * (args.target in ONE_CLASS)
+    subjects = cohort.table.get("subject", pd.Series("", cohort.table.index))
     for method in methods:
-        by_outcome = {name: RunningMean() for name in maps.OUTCOMES} if args.by_outcome else {}
+        groups = {name: RunningMean() for name in names}
         found.append(
             FoldMaps(
                 method, stem_of(args, method), fold.number, args.outpath, cohort.like_img,
-                args.save_subjects, by_outcome,
+                args.save_subjects, groups,
             )
         )  # fmt: skip
     zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu().numpy()
@@ -168,7 +178,8 @@ def explain_fold(
         rows = fold.rows[chunk]
         columns = (rows.tolist(), cohort.table["path"].iloc[rows], labels.tolist(),
                    fold.parts[chunk].tolist(), targets.tolist())  # fmt: skip
-        scans = [ExplainedScan(*scan) for scan in zip(*columns, logits.cpu().numpy(), strict=True)]
+        columns += (logits.cpu().numpy(), subjects.iloc[rows].astype(str))
+        scans = [ExplainedScan(*scan) for scan in zip(*columns, strict=True)]
         for scan, expected in zip(scans, fold.probabilities[chunk], strict=True):
             if np.isfinite(expected) and not args.randomize:
                 fold.check_probability(args.modelpath, scan.path, scan.probability, expected)
@@ -263,13 +274,24 @@ def assemble(
         "checkpoints_sha256": checkpoints_sha256,
         "versions": utils.versions(),
     }
-    map_stem = args.outpath / f"{stem}_map_all"
-    files.write_json(map_stem.with_suffix(".json"), sidecar)
-    title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
-    title += ", not all scans held out" * bool(parts & {"train", "val"})
-    title += f" · {verdict.short}" if verdict else ""
-    drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
-    return [*written, map_stem.with_suffix(".json"), *drawn]
+    n_labels = table.groupby("fold")["label"].nunique()
+    if args.target not in ONE_CLASS:
+        log.info(NO_CONTRAST, method, args.target)
+    elif (n_labels < 2).any():
+        of_one_label = utils.named("fold", n_labels.index[n_labels < 2])
+        log.warning("%s: the contrast leaves out %s, of one label only", method, of_one_label)
+    for kind in maps.KINDS:
+        map_stem = args.outpath / f"{stem}_{kind}_all"
+        if map_stem.with_suffix(".nii.gz") not in written:
+            continue
+        files.write_json(map_stem.with_suffix(".json"), sidecar | {"map": kind})
+        title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
+        title += ", patients less controls" * (kind == "contrast")
+        title += ", not all scans held out" * bool(parts & {"train", "val"})
+        title += f" · {verdict.short}" if verdict else ""
+        drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
+        written += [map_stem.with_suffix(".json"), *drawn]
+    return written
 
 
 def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set[str]) -> None:
@@ -338,8 +360,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--cam", choices=CAMS, default=CAMS[0],
            help="GGC: stretch the last convolution's grid over the volume, as published, or lay "
                 "its cells where they see")
-    option("--target", choices=["label", "predicted", "0", "1"], default="label",
-           help="the class whose logit is explained")
+    option("--target", choices=["label", "predicted", *ONE_CLASS], default="label",
+           help="the class whose logit is explained; 0 or 1, one class for everybody, also gives "
+                "the contrast of patients' and controls' maps")
     option("--subjects", choices=["test", "all"], default="test",
            help="test: each scan by the fold that held it out; all: every scan by every fold")
     option("--mean", choices=["plain", "equal"], default="plain",
@@ -405,10 +428,10 @@ def main(args: argparse.Namespace) -> None:
                 if is_complete:
                     written |= dict.fromkeys(assemble(args, cohort, method, run, verdict))
         if written:
-            mean_maps = [path for path in written if path.name.endswith("_map_all.nii.gz")]
+            mean_maps = [path for path in written if path.name.endswith("_all.nii.gz")]
             following = utils.command(
-                "compare.py", args, maps=mean_maps, reference="REFERENCE.nii.gz",
-                run=args.modelpath, outpath=args.outpath / "comparison",
+                "compare.py", args, maps=mean_maps, run=args.modelpath,
+                outpath=args.outpath / "comparison",
             )  # fmt: skip
             utils.conclude(*written, f"the networks: {finding}", f"next: {following}")
 

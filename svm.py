@@ -192,8 +192,7 @@ def main(args: argparse.Namespace) -> None:
     table = write_tables(args, cohort, fits, predictions)
     mean_maps = [path for path in written if path.name.endswith(".nii.gz")]
     following = utils.command(
-        "compare.py", args, maps=mean_maps, reference="REFERENCE.nii.gz", run=args.outpath,
-        outpath=args.outpath / "comparison",
+        "compare.py", args, maps=mean_maps, run=args.outpath, outpath=args.outpath / "comparison",
     )  # fmt: skip
     with run.finish():
         finding = metrics.verdict(table).sentence

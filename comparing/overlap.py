@@ -9,10 +9,10 @@ import numpy as np
 from utils import derived_seed
 
 TOP_FRACTIONS = np.geomspace(0.005, 0.5, 40)  # of M: the thresholds that dice_max chooses among
-N_SHIFTS = 1000
-SIGNS = {
+SIGNS = {  # what counts as evidence in a signed map, smoothed before if at all
     "abs": np.abs,
     "pos": lambda data: np.maximum(data, 0),
+    "neg": lambda data: np.maximum(-data, 0),
     "raw": lambda data: data,
 }
 
@@ -38,6 +38,19 @@ def dice_matched(values: np.ndarray, inside: np.ndarray) -> float:
     return dice(top_voxels(values, int(inside.sum())), inside)
 
 
+def average_precision(values: np.ndarray, inside: np.ndarray) -> float:
+    """Return the area under precision over recall, in steps; chance: p.
+
+    That is the mean, over the voxels of S, of the share of S among all voxels with such a value or
+    a larger one. scikit-learn's function sorts an index of all voxels, which takes ten times as
+    long.
+    """
+    of_reference, others = np.sort(values[inside]), np.sort(values[~inside])
+    n_found = len(of_reference) - np.searchsorted(of_reference, of_reference)
+    n_false = len(others) - np.searchsorted(others, of_reference)
+    return float((n_found / (n_found + n_false)).mean())
+
+
 def dice_curve(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return Dice of S with the top q of M, and chance, 2pq/(p+q), at `TOP_FRACTIONS`."""
     order = np.argsort(-values, kind="stable")
@@ -57,7 +70,7 @@ def mass(values: np.ndarray, inside: np.ndarray) -> float:
 
 def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
     """Return every measure of overlap of a map and a reference, neither all of M nor none."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+    from sklearn.metrics import roc_auc_score
 
     curve, chance = dice_curve(values, inside)
     best = int(curve.argmax())
@@ -68,7 +81,7 @@ def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
         "dice_max_fraction": float(TOP_FRACTIONS[best]),
         "dice_max_chance": float(chance[best]),
         "roc_auc": float(roc_auc_score(inside, values)),
-        "average_precision": float(average_precision_score(inside, values)),
+        "average_precision": average_precision(values, inside),
         "mass": mass(values, inside),
     }
 
@@ -80,13 +93,14 @@ def bounding_box(mask_data: np.ndarray) -> tuple[slice, ...]:
 
 def shift_null(
     map_data: np.ndarray, mask_data: np.ndarray, reference_data: np.ndarray, seed: int,
-    n_shifts: int = N_SHIFTS,
+    n_shifts: int,
 ) -> tuple[float, float]:  # fmt: skip
     """Compare dice_matched with that of the map moved around: same smoothness, other place.
 
     The shifts are toroidal inside the mask's bounding box, drawn at random, none of them zero.
     Arrays have shape (D, H, W). Returned are (1 + shifts that reach the map's own dice_matched) /
-    (1 + n_shifts) and the mean over the shifts.
+    (1 + n_shifts) and the mean over the shifts. It answers for smoothness only: an unrelated map
+    that is merely brighter towards the brain's centre passes it more often than not.
     """
     rng = np.random.default_rng(derived_seed(seed, purpose="shifts"))
     box = bounding_box(mask_data)

@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import re
 from pathlib import Path
 from string import Template
 
@@ -12,12 +11,11 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from comparing.overlap import TOP_FRACTIONS
 from comparing.runs import METRICS_SHOWN, PICTURES, Run
 from comparing.space import Map, Space
 from reporting.maps import IG_TOLERANCE
 from reporting.metrics import SUMMARY_ROWS
-from reporting.pictures import color_limit, save_figure
+from reporting.pictures import color_limit
 from run_folder import files
 from utils import InputError, printable
 
@@ -31,17 +29,20 @@ OVERLAP_HEADS = {
     "roc_auc": "ROC AUC",
     "average_precision": "average precision",
     "mass": "mass",
-    "null_mean": "Dice, shifted map",
-    "null_p": "p of shifts",
+    "label_p": "p of labels",
+    "label_p_untrained": "p of labels, untrained",
+    "shift_mean": "Dice, shifted map",
+    "shift_p": "p of shifts",
     "outside": "outside the mask",
 }
 
 
 def warnings_of(table: pd.DataFrame, runs: list[Run], maps: dict[str, Map]) -> list[str]:
     """Return what a reader must know before believing the tables."""
+    is_degenerate = table.get("degenerate", pd.Series(False, table.index)).astype(bool)
     warnings = [
         f"{name}: fewer voxels are non-zero than the reference has; its matched Dice is degenerate."
-        for name in table.loc[table["degenerate"], "map"]
+        for name in table.loc[is_degenerate, "map"].unique()
     ]
     for run in runs:
         auc = run.metrics.loc[run.metrics.index.str.isdigit(), "roc_auc"]
@@ -122,12 +123,18 @@ def metrics_html(runs: list[Run]) -> str:
 
 
 def overlap_html(table: pd.DataFrame) -> str:
-    """Return the overlap table; each cell has the fold maps' mean ± sd, the last row is chance."""
+    """Return the overlap table in the first setting; its last row is chance.
+
+    Cells have a standard error over scans, where it is known, and the fold maps' mean ± sd.
+    """
     rows = []
-    for record in table.to_dict("records"):
+    columns = [name for name in OVERLAP_HEADS if name in table]
+    for record in table.drop_duplicates("map").to_dict("records"):
         row = [record["map"]]
-        for column in OVERLAP_HEADS:
+        for column in columns:
             text = number_text(record[column])
+            if not pd.isna(error := record.get(f"{column}_se")):
+                text += f" ± {error:.3f}"
             if record["n_folds"] and f"{column}_folds_mean" in record:
                 mean, sd = record[f"{column}_folds_mean"], record[f"{column}_folds_sd"]
                 text += f" (folds {mean:.3f} ± {sd:.3f})"
@@ -135,8 +142,43 @@ def overlap_html(table: pd.DataFrame) -> str:
         rows.append(row)
     p = number_text(table["p"].iloc[0])
     best_chance = f"≤ {number_text(table['dice_max_chance'].max())}"
-    rows.append(["chance", p, best_chance, "–", "0.500", p, p, p, "–", "–"])
-    return table_html(["map", *OVERLAP_HEADS.values()], rows, "with-chance")
+    chance = {"dice_matched": p, "dice_max": best_chance, "roc_auc": "0.500",
+              "average_precision": p, "mass": p, "shift_mean": p}  # fmt: skip
+    rows.append(["chance", *(chance.get(column, "–") for column in columns)])
+    return table_html(["map", *(OVERLAP_HEADS[name] for name in columns)], rows, "with-chance")
+
+
+def correlations(values: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return Pearson's correlation of each two maps, given by their voxels in the mask."""
+    with np.errstate(invalid="ignore"):  # a map that is 0 everywhere has none
+        found = np.atleast_2d(np.corrcoef(list(values.values())))
+    table = pd.DataFrame(found, columns=list(values))
+    table.insert(0, "map", list(values))
+    return table
+
+
+def stability_html(table: pd.DataFrame, of_maps: pd.DataFrame) -> str:
+    """Return how stable each map is, and how it correlates with every other."""
+    first = table.drop_duplicates("map").set_index("map")
+    rows = [
+        [name, *(number_text(first.at[name, r]) for r in ("fold_r", "half_r") if r in first),
+         *(f"{value:.2f}" for value in row)]
+        for name, row in zip(of_maps["map"], of_maps.drop(columns="map").to_numpy(), strict=True)
+    ]  # fmt: skip
+    heads = {"fold_r": "r of folds", "half_r": "r of halves"}
+    heads = [head for name, head in heads.items() if name in first]
+    return table_html(["map", *heads, *(f"r with {name}" for name in of_maps["map"])], rows)
+
+
+def differences_html(differences: pd.DataFrame) -> str:
+    """Return the differences between maps of the same scans, with their standard errors."""
+    rows = [
+        [f"{row['map']} − {row['other']}",
+         *(f"{row[f'{m}_difference']:+.3f} ± {row[f'{m}_difference_se']:.3f}"
+           for m in ("dice_matched", "average_precision"))]
+        for row in differences.to_dict("records")
+    ]  # fmt: skip
+    return table_html(["maps", "Dice, matched size", "average precision"], rows)
 
 
 def regions_html(regions: pd.DataFrame) -> str:
@@ -158,28 +200,6 @@ def picture_html(path: Path, caption: str) -> str:
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def plot_dice_curves(path: Path, curves: dict[str, np.ndarray], p: float) -> None:
-    """Draw each map's Dice at `TOP_FRACTIONS`; the reference fills a share p of the mask."""
-    from matplotlib.figure import Figure
-
-    percent, chance = 100 * TOP_FRACTIONS, 2 * p * TOP_FRACTIONS / (p + TOP_FRACTIONS)
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(percent, chance, ":", color="0.4", label="chance")
-    for name, curve in curves.items():
-        # no formula, and not hidden from the legend by an underscore in front
-        axis.plot(percent, curve, label=re.sub(r"^_", "\u200b_", name.replace("$", r"\$")))
-    axis.axvline(100 * p, color="0.85", zorder=0)
-    axis.text(100 * p, 1.01, "size of the reference", fontsize=8, color="0.5", ha="center",
-              transform=axis.get_xaxis_transform())  # fmt: skip
-    axis.set(xscale="log", xlabel="voxels taken, % of the mask", ylabel="Dice with the reference")
-    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-    axis.set_ylim(0, None)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
 
 
 def shrink(img: SpatialImage) -> SpatialImage:
@@ -206,8 +226,10 @@ def viewer_data(maps: dict[str, Map], space: Space) -> dict:
     background_data = shrink(space.background_img).get_fdata()
     positive = background_data[background_data > 0]
     top = np.percentile(positive, 99.5) if positive.size else 1.0
-    reference_data = space.reference_data.astype(np.uint8)
-    reference_img = shrink(nib.Nifti1Image(reference_data, space.like_img.affine))
+    nothing = np.zeros(space.like_img.shape)
+    reference_data = nothing if space.reference_data is None else space.reference_data
+    reference_img = nib.Nifti1Image(reference_data.astype(np.uint8), space.like_img.affine)
+    reference_img = shrink(reference_img)
     shown = []
     for name, each in maps.items():
         data = shrink(each.img).get_fdata()
@@ -227,16 +249,13 @@ def viewer_data(maps: dict[str, Map], space: Space) -> dict:
 
 
 def write_page(
-    path: Path,
-    facts: dict[str, str],
-    table: pd.DataFrame,
-    regions: pd.DataFrame | None,
-    runs: list[Run],
-    maps: dict[str, Map],
-    space: Space,
-) -> None:
-    """Write report.html; `facts` say how it was made, dice_curves.png stands beside it."""
+    path: Path, facts: dict[str, str], tables: dict[str, pd.DataFrame], runs: list[Run],
+    maps: dict[str, Map], space: Space,
+) -> None:  # fmt: skip
+    """Write report.html; `facts` say how it was made, the pictures of overlap stand beside it."""
+    table, has_reference = tables["comparison"], space.reference_data is not None
     warnings = warnings_of(table, runs, maps)
+    pictures = {"dice_curves.png": "Dice against voxels taken", "settings.png": "every setting"}
     page = Template(TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(
         facts="".join(
             f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()
@@ -247,9 +266,19 @@ def write_page(
         curves="".join(
             picture_html(p, f"{run.name}: {PICTURES[p.name]}") for run in runs for p in run.pictures
         ),
-        overlap=overlap_html(table),
-        dice_curves=picture_html(path.with_name("dice_curves.png"), "Dice against voxels taken"),
-        regions=regions_html(regions) if regions is not None else "<p>No --atlas was given.</p>",
+        overlap=overlap_html(table) if has_reference else "<p>No --reference was given.</p>",
+        pictures="".join(
+            picture_html(path.with_name(name), caption)
+            for name, caption in pictures.items()
+            if has_reference
+        ),
+        differences=differences_html(tables["differences"])
+        if len(tables["differences"])
+        else "<p>No two maps have the maps of the same scans beside them (--save-subjects).</p>",
+        stability=stability_html(table, tables["correlations"]),
+        regions=regions_html(tables["regions"])
+        if len(tables["regions"])
+        else "<p>No --atlas was given.</p>",
         data=json.dumps(viewer_data(maps, space)).replace("<", r"\u003c"),  # opens or ends no tag
     )
     files.write_bytes(path, page.encode(errors="xmlcharrefreplace"))

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
-from loading.image import read_image, same_space
+from loading.image import open_image, read_image, same_space
 from loading.table import Rows, plain, read_rows, shown
 from reporting.maps import COVERAGE, MEAN_SCAN
-from utils import InputError, log, printable, some_of
+from run_folder import files
+from utils import InputError, log, printable, progress, some_of
 
 MAX_MASK_SHARE = 0.6  # of the volume; brains fill less
 MAX_MASK_RATIO = 1.2  # to the default mask
@@ -26,23 +28,32 @@ class Map:
     path: Path
     img: SpatialImage
     fold_imgs: list[SpatialImage]
+    scans: pd.DataFrame | None = None  # what `find_scans` found
+
+    @property
+    def is_contrast(self) -> bool:
+        """Whether it is patients' mean map less controls'."""
+        return "_contrast_all.nii" in self.path.name
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where maps are compared: M, S ⊂ M as bool arrays (D, H, W), and what they are shown on."""
+    """Where maps are compared: M, S ⊂ M as bool arrays (D, H, W), and what they are shown on.
+
+    S is None without a reference.
+    """
 
     like_img: SpatialImage
     mask_data: np.ndarray
     mask_source: str
-    reference_data: np.ndarray
+    reference_data: np.ndarray | None
     background_img: SpatialImage
     background_source: str
 
     @property
-    def inside(self) -> np.ndarray:
+    def inside(self) -> np.ndarray | None:
         """S as a mask of the voxels of M."""
-        return self.reference_data[self.mask_data]
+        return None if self.reference_data is None else self.reference_data[self.mask_data]
 
 
 def require_same_grid(img: SpatialImage, path: Path, like_img: SpatialImage, like: str) -> None:
@@ -53,14 +64,51 @@ def require_same_grid(img: SpatialImage, path: Path, like_img: SpatialImage, lik
 
 
 def load_maps(paths: list[Path]) -> dict[str, Map]:
-    """Return each map and its fold maps by name, all on one grid."""
+    """Return each map, its fold maps and scans by name, all on one grid; controls are added."""
+    paths = with_controls(paths)
     maps, like_img = {}, read_image(paths[0], "map")
     for path, name in zip(paths, name_maps(paths), strict=True):
         imgs = [read_image(each, "map") for each in (path, *fold_paths(path))]
         for img, each in zip(imgs, (path, *fold_paths(path)), strict=True):
             require_same_grid(img, each, like_img, str(paths[0]))
-        maps[name] = Map(path, imgs[0], imgs[1:])
+        maps[name] = Map(path, imgs[0], imgs[1:], find_scans(path, like_img))
     return maps
+
+
+def control_path(path: Path) -> Path:
+    """Return where heatmap.py --randomize puts the control of a map; of others, their own path."""
+    is_control = "_random_" in path.name
+    name = re.sub(r"(_(map|contrast)_all\.nii)", r"_random\1", path.name)
+    return path if is_control else path.with_name(name)
+
+
+def with_controls(paths: list[Path]) -> list[Path]:
+    """Return the maps, and after them those of untrained networks beside them."""
+    controls = [path for path in map(control_path, paths) if path not in paths and path.is_file()]
+    if controls:
+        log.info("added as controls: %s", ", ".join(path.name for path in controls))
+    return [*paths, *controls]
+
+
+def find_scans(path: Path, like_img: SpatialImage) -> pd.DataFrame | None:
+    """Return path, label, fold[, subject] and map of each scan that a mean map is the mean of.
+
+    None where heatmap.py was not asked to keep the scans' maps; an InputError if one is missing.
+    """
+    stem = re.fullmatch(r"(.+)_(?:map|contrast)_all\.nii(?:\.gz)?", path.name)
+    table_path = path.with_name(f"{stem[1]}_predictions.csv") if stem else path
+    if not stem or not table_path.is_file():
+        return None
+    table = files.read_csv(table_path, {"path": str, "label": int, "fold": int})
+    if "map" not in table or table["map"].isna().any():
+        return None
+    table["map"] = [path.parent / name for name in table["map"]]
+    for scan_path in progress(table["map"], f"maps of {stem[1]}'s scans"):
+        if not scan_path.is_file():
+            raise InputError(f"there is no {scan_path}, a scan's map that {table_path} names")
+        require_same_grid(open_image(scan_path), scan_path, like_img, str(path))
+    columns = [name for name in ("path", "label", "fold", "subject", "map") if name in table]
+    return table[columns].sort_values(["fold", "path"], ignore_index=True)
 
 
 def name_maps(paths: list[Path]) -> list[str]:
@@ -86,7 +134,7 @@ def fold_paths(path: Path) -> list[Path]:
 
 
 def load_space(
-    maps: dict[str, Map], reference_path: Path, threshold: float, mask_path: Path | None
+    maps: dict[str, Map], reference_path: Path | None, threshold: float, mask_path: Path | None
 ) -> Space:
     """Return mask and reference on the grid of the maps.
 
@@ -109,15 +157,17 @@ def load_space(
             "the mask (%s) fills %.0f %% of the volume: outside the head chance looks lower than "
             "it is; give a brain mask with --mask", mask_source, 100 * mask_data.mean(),
         )  # fmt: skip
-    reference_data = _load_reference(reference_path, threshold, like_img) & mask_data
-    n_mask, n_reference = int(mask_data.sum()), int(reference_data.sum())
-    if n_reference == 0:
-        raise InputError(
-            f"reference {reference_path} has no voxel above {threshold:g} in the analysis mask "
-            f"({mask_source}: {n_mask} voxels)"
-        )
-    if n_reference == n_mask:
-        raise InputError(f"reference {reference_path} fills the whole analysis mask: no contrast")
+    reference_data = None
+    if reference_path is not None:
+        reference_data = _load_reference(reference_path, threshold, like_img) & mask_data
+        n_mask, n_reference = int(mask_data.sum()), int(reference_data.sum())
+        if n_reference == 0:
+            raise InputError(
+                f"reference {reference_path} has no voxel above {threshold:g} in the analysis mask "
+                f"({mask_source}: {n_mask} voxels)"
+            )
+        if n_reference == n_mask:
+            raise InputError(f"reference {reference_path} fills the whole analysis mask")
     background_img, background_source = _beside(maps, MEAN_SCAN, like_img), "the mean scan"
     if background_img is None:
         from nilearn import datasets, image
@@ -184,22 +234,16 @@ def average_over_voxels(data: np.ndarray, affine: np.ndarray, like_img: SpatialI
     total_data = np.zeros(like_img.shape, dtype=np.float32)
     for point in np.ndindex(*n_points):
         offset = (np.array(point) + 0.5) / n_points - 0.5
-        total_data += look_up(data, to_image, offset, like_img.shape)
+        total_data += look_up(data.astype(np.float32), to_image, offset, like_img.shape)
     return total_data / n_points.prod()
 
 
 def look_up(data: np.ndarray, to_image: np.ndarray, offset: np.ndarray, shape: tuple) -> np.ndarray:
     """Return the image's value at a point of each voxel of a grid, `offset` from its centre."""
-    places = [0.0, 0.0, 0.0]
-    for axis, (column, side) in enumerate(zip(to_image[:3, :3].T, shape, strict=True)):
-        steps = (np.arange(side, dtype=np.float32) + offset[axis]).reshape(-1, *[1] * (2 - axis))
-        places = [place + step * steps for place, step in zip(places, column, strict=True)]
-    voxels = [np.rint(p + t).astype(int) for p, t in zip(places, to_image[:3, 3], strict=True)]
-    inside = np.logical_and.reduce(
-        [(v >= 0) & (v < n) for v, n in zip(voxels, data.shape, strict=True)]
-    )
-    voxels = [v.clip(0, n - 1) for v, n in zip(voxels, data.shape, strict=True)]
-    return np.where(inside, data[tuple(voxels)], 0)
+    from scipy.ndimage import affine_transform
+
+    start = to_image[:3, :3] @ offset + to_image[:3, 3]
+    return affine_transform(data, to_image[:3, :3], start, shape, order=0, mode="grid-constant")
 
 
 def load_atlas(

@@ -15,6 +15,8 @@ from run_folder import files, processes
 from utils import InputError
 
 OUTCOMES = ("TP", "TN", "FP", "FN")
+KINDS = ("map", "contrast")  # of mean maps: of all scans, and patients' less controls'
+GROUPS = ("controls", "patients")  # by label
 MEAN_SCAN = "mean_scan.nii.gz"
 COVERAGE = "coverage.nii.gz"  # the share of explained scans that are not 0 in a voxel
 NO_CHANGE = 0.01  # of the logit, below which IG's completeness error says nothing
@@ -62,6 +64,7 @@ class ExplainedScan:
     part: str
     target: int
     logits: np.ndarray
+    subject: str = ""
 
     @property
     def probability(self) -> float:
@@ -84,7 +87,8 @@ class FoldMaps:
     """What one method makes of a fold's scans.
 
     `stem` begins the names of the method's files; `like_img` is a scan of the cohort; `saves_scans`
-    makes each scan's map a file, too; `by_outcome` is empty unless asked for.
+    makes each scan's map a file, too; `groups` has a mean for each of `OUTCOMES` and `GROUPS` that
+    is asked for.
     """
 
     method: str
@@ -93,7 +97,7 @@ class FoldMaps:
     outpath: Path
     like_img: SpatialImage
     saves_scans: bool
-    by_outcome: dict[str, RunningMean]
+    groups: dict[str, RunningMean]
     mean: RunningMean = field(default_factory=RunningMean)
     lines: dict[int, dict] = field(default_factory=dict)  # of the table, by the scan's row
 
@@ -110,6 +114,7 @@ class FoldMaps:
         zero_logit = float(zero_logits[scan.target])
         line = {
             "path": scan.path,
+            **({"subject": scan.subject} if scan.subject else {}),
             "label": scan.label,
             "fold": self.fold,
             "part": scan.part,
@@ -128,8 +133,8 @@ class FoldMaps:
                 image.write_image(path, map_data, self.like_img)
         self.lines[scan.row] = line
         self.mean.add(map_data)
-        if self.by_outcome:
-            self.by_outcome[scan.outcome].add(map_data)
+        for group in {scan.outcome, GROUPS[scan.label]} & set(self.groups):
+            self.groups[group].add(map_data)
 
     def name_of(self, scan: ExplainedScan) -> str:
         """Return the path of a scan's map below --outpath; no name of a scan leads out of it."""
@@ -139,17 +144,21 @@ class FoldMaps:
 
     def gather(self) -> None:
         """Put together what all processes of the job have."""
-        for mean in (self.mean, *self.by_outcome.values()):
+        for mean in (self.mean, *self.groups.values()):
             mean.gather(image.volume_shape(self.like_img))
         lines = {row: line for part in processes.gathered(self.lines) for row, line in part.items()}
         self.lines = dict(sorted(lines.items()))
 
     def write(self) -> None:
         """Write the fold's mean maps and, last, its table, which says that it is finished."""
-        for name, mean in {"": self.mean, **self.by_outcome}.items():
-            if mean.n:
-                path = self.outpath / f"{self.stem}_map_{name}{'_' * bool(name)}f{self.fold}.nii.gz"
-                image.write_image(path, mean.mean(), self.like_img)
+        written = {f"map_{name}": self.groups[name] for name in OUTCOMES if name in self.groups}
+        data = {name: mean.mean() for name, mean in {"map": self.mean, **written}.items() if mean.n}
+        controls, patients = (self.groups.get(group) for group in GROUPS)
+        if patients and patients.n and controls.n:
+            data["contrast"] = patients.mean() - controls.mean()
+        for name, map_data in data.items():
+            path = self.outpath / f"{self.stem}_{name}_f{self.fold}.nii.gz"
+            image.write_image(path, map_data, self.like_img)
         table = pd.DataFrame(list(self.lines.values()))
         files.write_csv(self.outpath / f"{self.stem}_predictions_f{self.fold}.csv", table)
 
@@ -195,8 +204,9 @@ def assemble(
     """Write what a method found over all folds, from each fold's maps and table.
 
     With `equal` each fold's map is scaled to the mean of all folds' root mean squares before the
-    mean over folds; maps that are 0 are left out. Returns all folds' lines, each fold's share of
-    the power (sum of squares, where at least half of the scans are not 0), and the files.
+    mean over folds, and its contrast with it; maps that are 0 are left out. Contrasts are those of
+    the folds that have one. Returns all folds' lines, each fold's share of the power (sum of
+    squares, where at least half of the scans are not 0), and the files.
     """
     shape = image.volume_shape(like_img)
     paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
@@ -218,11 +228,15 @@ def assemble(
     if equal and total:
         roots = {fold: np.sqrt(each) for fold, each in powers.items() if each}
         weights = {fold: np.mean(list(roots.values())) / root for fold, root in roots.items()}
-    mean = RunningMean()
-    for fold, weight in weights.items():
-        mean.add(read_map(fold_maps[fold], shape) * weight)
-    written.append(outpath / f"{stem}_map_all.nii.gz")
-    image.write_image(written[-1], mean.mean(), like_img)
+    for kind in KINDS:
+        mean = RunningMean()
+        for fold, weight in weights.items():
+            path = outpath / f"{stem}_{kind}_f{fold}.nii.gz"
+            if kind == "map" or path.is_file():
+                mean.add(read_map(path, shape) * weight)
+        if mean.n:
+            written.append(outpath / f"{stem}_{kind}_all.nii.gz")
+            image.write_image(written[-1], mean.mean(), like_img)
     for outcome in OUTCOMES if by_outcome else ():
         counts = [int((t["outcome"] == outcome).sum()) for t in tables]
         parts = [

@@ -79,8 +79,10 @@ def fold_means(predictions: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
     return pd.concat(of_folds).groupby(level=0).mean()
 
 
-def bootstrap_weights(unit: np.ndarray, stratum: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Yield `N_BOOTSTRAP` draws, some at a time, as counts of scans of shape (draws, n).
+def bootstrap_weights(
+    unit: np.ndarray, stratum: np.ndarray, seed: int, n_draws: int = N_BOOTSTRAP
+) -> Iterator[np.ndarray]:
+    """Yield draws, some at a time, as counts of scans of shape (draws, n).
 
     Drawn with replacement are units, within their strata; both arrays have a value a scan.
     """
@@ -88,8 +90,8 @@ def bootstrap_weights(unit: np.ndarray, stratum: np.ndarray, seed: int) -> Itera
     first_scan, unit_of_scan = np.unique(unit, return_index=True, return_inverse=True)[1:]
     strata = [np.flatnonzero(stratum[first_scan] == value) for value in np.unique(stratum)]
     n_together = max(1, MAX_COUNTS // len(unit))
-    for start in range(0, N_BOOTSTRAP, n_together):
-        counts = np.zeros((min(n_together, N_BOOTSTRAP - start), len(first_scan)))
+    for start in range(0, n_draws, n_together):
+        counts = np.zeros((min(n_together, n_draws - start), len(first_scan)))
         for of_draw in counts:
             for units in strata:
                 drawn = rng.integers(len(units), size=len(units))

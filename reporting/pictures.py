@@ -109,6 +109,57 @@ def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> No
     save_figure(figure, path)
 
 
+def plot_curves(path: Path, fractions: np.ndarray, curves: dict[str, np.ndarray], p: float) -> None:
+    """Draw each map's Dice with as many voxels as `fractions` of the mask; the reference has p."""
+    from matplotlib.figure import Figure
+
+    percent, chance = 100 * fractions, 2 * p * fractions / (p + fractions)
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(percent, chance, ":", color="0.4", label="chance")
+    for name, curve in curves.items():
+        axis.plot(percent, curve, label=label_of(name))
+    axis.axvline(100 * p, color="0.85", zorder=0)
+    axis.text(100 * p, 1.01, "size of the reference", fontsize=8, color="0.5", ha="center",
+              transform=axis.get_xaxis_transform())  # fmt: skip
+    axis.set(xscale="log", xlabel="voxels taken, % of the mask", ylabel="Dice with the reference")
+    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axis.set_ylim(0, None)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def label_of(name: str) -> str:
+    """Return a name as matplotlib shows it: no formula, not hidden by an underscore in front."""
+    return re.sub(r"^_", "\u200b_", name.replace("$", r"\$"))
+
+
+def plot_settings(path: Path, comparison: pd.DataFrame) -> None:
+    """Draw, a row a map and a column a setting, how many times chance the average precision is."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    gain = comparison["average_precision"] / comparison["p"]
+    keys = [comparison["map"], comparison["fwhm"], comparison["sign"]]
+    table = gain.groupby(keys, sort=False).first().unstack([1, 2])
+    size_inches = (2.4 + 0.75 * len(table.columns), 1.3 + 0.32 * len(table))
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axis = figure.subplots()
+    colors = {"cmap": "YlGn", "norm": LogNorm(1, max(2.0, float(np.nanmax(table))))}
+    axis.imshow(table.clip(lower=1), aspect="auto", **colors)
+    for (row, column), value in np.ndenumerate(table):
+        is_dark = value > np.nanmax(table) ** 0.6
+        text = f"{value:.1f}" if value < 10 else f"{value:.0f}"
+        axis.text(column, row, text, ha="center", va="center", color="w" if is_dark else "k")
+    axis.set_yticks(range(len(table)), map(label_of, table.index))
+    axis.set_xticks(range(len(table.columns)), [f"{sign}\n{mm:g} mm" for mm, sign in table.columns])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False, top=True, bottom=False)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("average precision over chance")
+    save_figure(figure, path)
+
+
 def color_limit(map_data: np.ndarray) -> float:
     """Return where a map's colour scale ends: a high percentile of its non-zero magnitudes."""
     magnitudes = np.abs(map_data[map_data != 0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.svm  # noqa: F401 (memory of importing it later would count)
 
 from comparing import linear_svm
 from loading.cache import Volumes

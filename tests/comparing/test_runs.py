@@ -76,8 +76,8 @@ def test_bad_input(tmp_path, refusal):
     folder = write_run(tmp_path / "a", 1.0)
     out = ["--outpath", tmp_path / "out"]
     assert "a folder is given twice" in refusal(compare, ["--run", folder, folder, *out])
-    assert "--run is needed" in refusal(compare, out)
-    assert "go together" in refusal(compare, ["--maps", "a.nii", *out])
+    assert "--maps are needed, or --run" in refusal(compare, out)
+    assert "--maps are needed" in refusal(compare, ["--run", folder, "--reference", "a.nii", *out])
     assert not (tmp_path / "out").exists()
 
 
