@@ -107,7 +107,8 @@ def draws(scan_maps: ScanMaps, measures: list[Measure], seed: int) -> np.ndarray
     """
     table, unit = scan_maps.table, scan_maps.unit
     drawn_with = metrics.units_and_strata(table, pd.Series(unit))
-    counts = np.concatenate(list(metrics.bootstrap_weights(*drawn_with, seed, N_ERROR_DRAWS)))
+    drawn = metrics.bootstrap_weights(*drawn_with, seed, N_ERROR_DRAWS, is_rescaled=True)
+    counts = np.concatenate(list(drawn))
     return scan_maps.measured(scan_maps.weights(counts), measures)
 
 

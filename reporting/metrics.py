@@ -80,11 +80,14 @@ def fold_means(predictions: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
 
 
 def bootstrap_weights(
-    unit: np.ndarray, stratum: np.ndarray, seed: int, n_draws: int = N_BOOTSTRAP
-) -> Iterator[np.ndarray]:
+    unit: np.ndarray, stratum: np.ndarray, seed: int, n_draws: int = N_BOOTSTRAP,
+    is_rescaled: bool = False,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield draws, some at a time, as counts of scans of shape (draws, n).
 
-    Drawn with replacement are units, within their strata; both arrays have a value a scan.
+    Drawn with replacement are units, within their strata; both arrays have a value a scan. With
+    `is_rescaled` one unit fewer is drawn of each stratum, and counts for more: so the variance of a
+    mean is right where strata are small, too (Rao and Wu, doi:10.1080/01621459.1988.10478591).
     """
     rng = np.random.default_rng(derived_seed(seed, purpose="bootstrap"))
     first_scan, unit_of_scan = np.unique(unit, return_index=True, return_inverse=True)[1:]
@@ -94,8 +97,10 @@ def bootstrap_weights(
         counts = np.zeros((min(n_together, n_draws - start), len(first_scan)))
         for of_draw in counts:
             for units in strata:
-                drawn = rng.integers(len(units), size=len(units))
-                of_draw[units] = np.bincount(drawn, minlength=len(units))
+                n_drawn = max(1, len(units) - is_rescaled)
+                drawn = rng.integers(len(units), size=n_drawn)
+                counts_of_units = np.bincount(drawn, minlength=len(units))
+                of_draw[units] = counts_of_units * len(units) / n_drawn
         yield counts[:, unit_of_scan]
 
 
