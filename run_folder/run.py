@@ -139,7 +139,7 @@ class RunFolder:
     def start(
         self, overwrite: bool = False, tables: dict[str, pd.DataFrame] | None = None
     ) -> "RunFolder":
-        """Resume, or remove what is replaced and begin: tables first, record last; return the run."""
+        """Resume, or remove what is replaced and begin, `tables` first, the record last."""
         self.check(overwrite)
         files.make_outpath(self.path)
         with self._lock("start", wait=True), ExitStack() as others:
