@@ -49,10 +49,8 @@ class Cohort:
         """Return what a run's record says of the cohort: scans count by size, whenever copied."""
         try:
             sizes = "\n".join(str(Path(scan).stat().st_size) for scan in self.scans)
-        except OSError as error:
-            raise InputError(
-                f"{error.filename} cannot be read any more: {error.strerror}"
-            ) from None
+        except OSError as e:
+            raise InputError(f"{e.filename} cannot be read any more: {e.strerror}") from None
         return {
             "csv_folder": str(csv_path.parent.resolve()),
             "csv_sha256": files.sha256(csv_path),
@@ -80,9 +78,8 @@ def parse_rows(
     scans, problems, line_of_scan = [], defaultdict(list), {}
     for line, cells in sheet.rows:
         if len(cells) < 2:
-            problems["cells"].append(
-                f"row {line}: needs a path and a label separated by a comma, got {shown(cells[0])}"
-            )
+            rule = "needs a path and a label separated by a comma"
+            problems["cells"].append(f"row {line}: {rule}, got {shown(cells[0])}")
             continue
         path, word, subject = (sheet.cell(cells, role) for role in table.ROLES)
         label = labels.get(word)
@@ -91,9 +88,7 @@ def parse_rows(
                 continue
             problems["label"].append(f"row {line}: label must be 0 or 1, got {shown(word)}")
         if has_subjects and subject.casefold() in table.MISSING:
-            problems["subject"].append(
-                f"row {line}: the subject is empty while other rows have one"
-            )
+            problems["subject"].append(f"row {line}: the subject is empty, while others have one")
         file = files.find(path, folder)
         if file is None:
             is_link = os.path.islink(folder / path)  # noqa: PTH114 (whatever the name)
@@ -102,9 +97,8 @@ def parse_rows(
             continue
         first_line = min(line_of_scan.setdefault(key, line) for key in scan_keys(file))
         if first_line != line:
-            problems["twice"].append(
-                f"row {line}: {shown(path)} is listed already, in row {first_line}"
-            )
+            already = f"{shown(path)} is listed already, in row {first_line}"
+            problems["twice"].append(f"row {line}: {already}")
             continue
         scans.append((path, label, subject, str(file), line, word))
     columns = ["path", "label", "subject", "file", "line", "word"]
@@ -115,8 +109,7 @@ def parse_rows(
 def check_scans(scans_table: pd.DataFrame) -> tuple[str, Problems]:
     """Check that all scans are good and in one space; return the first in the space of most scans.
 
-    Of the scans the headers are read, the last bytes, and voxels until two of them differ, so that
-    hundreds of scans are checked in seconds.
+    Headers are read, last bytes, and voxels until two differ: hundreds of scans take seconds.
     """
 
     def check(row: tuple) -> tuple[tuple, SpatialImage | None, str]:
@@ -150,9 +143,8 @@ def check_scans(scans_table: pd.DataFrame) -> tuple[str, Problems]:
         if image.volume_shape(img) != shape:
             problems["shape"].append(f"{where} shape {img.shape}, the other scans {shape}")
         else:
-            problems["affine"].append(
-                f"{where} another affine than {name}:\n{img.affine}\nnot\n{affine}"
-            )
+            other = f"another affine than {name}:\n{img.affine}\nnot\n{affine}"
+            problems["affine"].append(f"{where} {other}")
     if not all(image.states_orientation(img) for _, img in good):
         image.warn_of_orientation("a scan")
     return name, problems
@@ -181,7 +173,8 @@ def _check_cohort(csv_path: Path, wanted: Wanted) -> tuple[pd.DataFrame, str]:
             n_more = len(found) - N_SHOWN
             lines += [*found[:N_SHOWN], *([f"… and {n_more} more like these"] * (n_more > 0))]
         words = f"; the label's column holds {sheet.words()}: {table.MEANING}"
-        lines.append(f"read as: {sheet.roles()}{words * ('label' in problems)}")
+        roles = ", ".join(f"{role} = {sheet.name(role)}" for role in sheet.column_of)
+        lines.append(f"read as: {roles}{words * ('label' in problems)}")
         raise InputError("\n  ".join(lines))
     scans_table = scans_table.drop(columns="line").astype({"label": "int64"})
     subject = sheet.name("subject") if "subject" in scans_table else ""

@@ -20,6 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 import utils
 from comparing.overlap import bounding_box
@@ -72,8 +73,6 @@ class Template:
 
 def smooth(data: np.ndarray, fwhm_vox: float) -> np.ndarray:
     """Smooth with a Gaussian of this full width at half maximum, in voxels."""
-    from scipy.ndimage import gaussian_filter
-
     return gaussian_filter(data, fwhm_vox / FWHM_PER_SD, mode="nearest", truncate=3)
 
 
@@ -127,8 +126,6 @@ def cohort_grid(voxel_mm: float) -> nib.Nifti1Image:
 
 def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.ndarray:
     """Return smooth random values with standard deviation 1, drawn coarsely and interpolated."""
-    from scipy.ndimage import zoom
-
     spacing_vox = max(1.0, fwhm_vox / 4)
     coarse_shape = [int(np.ceil(side / spacing_vox)) + 8 for side in shape]
     coarse_data = smooth(rng.standard_normal(coarse_shape), fwhm_vox / spacing_vox)
@@ -155,8 +152,6 @@ def simulate_scan(
     `coordinates`, (3, D, H, W), are those of its voxels in the template; `severities` say which
     share of its tissue each region loses. It is 0 outside the brain, as skull-stripped scans are.
     """
-    from scipy.ndimage import map_coordinates
-
     shape = coordinates.shape[1:]
     t1_data = template.t1_data.copy()
     for name, (box, change_data) in template.loss_data.items():
@@ -177,8 +172,6 @@ def write_truth(
     outpath: Path, template: Template, coordinates: np.ndarray, like_img: nib.Nifti1Image
 ) -> int:
     """Write truth and brain in the template's own anatomy; return how many voxels are true."""
-    from scipy.ndimage import map_coordinates
-
     weight_data = map_coordinates(template.weight_data, coordinates, order=1)
     truth_data = weight_data > TRUTH_THRESHOLD
     write_image(outpath / "truth_weights.nii.gz", weight_data, like_img)
@@ -231,9 +224,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {key: value for key, value in vars(args).items() if key != "outpath"}
     affine = like_img.affine.tolist()
     facts = {"shape": like_img.shape, "affine": affine, "n_true_voxels": n_true_voxels}
-    regions = {
-        name: {"centre_mm": centre, "fwhm_mm": fwhm} for name, (centre, fwhm) in REGIONS.items()
-    }
+    regions = {name: {"centre_mm": mm, "fwhm_mm": fwhm} for name, (mm, fwhm) in REGIONS.items()}
     files.write_json(
         outpath / "simulation.json",
         {"arguments": settings, **facts, "regions": regions, "truth_threshold": TRUTH_THRESHOLD,

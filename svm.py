@@ -64,9 +64,8 @@ def check_scans(modelpath: Path | None, then: pd.Series, volumes: Volumes) -> No
     now = volumes.table()["crc32"].set_axis(then)
     differing = now.index[(trained.reindex(now.index) != now).to_numpy()]
     if len(differing):
-        raise InputError(
-            f"{len(differing)} scans have other voxels than those in {path}: {some_of(differing)}"
-        )
+        rule = f"{len(differing)} scans have other voxels than those in {path}"
+        raise InputError(f"{rule}: {some_of(differing)}")
 
 
 def fit_folds(
@@ -81,13 +80,9 @@ def fit_folds(
         is_test = (splits[f"fold_{fold}"] == "test").to_numpy()
         fits.append(linear_svm.fit_fold(gram, cohort.labels, np.flatnonzero(~is_test), args.C))
         decisions = fits[-1].decisions[is_test]
-        of_fold = cohort.table.loc[is_test, ["path", "label"]].assign(
-            fold=fold,
-            probability=1 / (1 + np.exp(-decisions)),
-            predicted=(decisions > 0).astype(int),
-            decision=decisions,
-        )
-        tables.append(of_fold)
+        of_fold = {"fold": fold, "probability": 1 / (1 + np.exp(-decisions)),
+                   "predicted": (decisions > 0).astype(int), "decision": decisions}  # fmt: skip
+        tables.append(cohort.table.loc[is_test, ["path", "label"]].assign(**of_fold))
     return fits, pd.concat(tables).sort_index()
 
 
@@ -104,13 +99,10 @@ def write_maps(
         mean_data = of_folds.mean(0, dtype=np.float64)
         image.write_image(stem.with_suffix(".nii.gz"), mean_data, cohort.like_img)
         sidecar = {
-            "method": f"SVM {name}",
-            "parameters": {"C": args.C},
-            "n_folds": len(of_folds),
-            "background": maps.MEAN_SCAN,
-            "orientation": image.orientation_of(cohort.like_img),
+            "method": f"SVM {name}", "parameters": {"C": args.C}, "n_folds": len(of_folds),
+            "background": maps.MEAN_SCAN, "orientation": image.orientation_of(cohort.like_img),
             "versions": utils.versions(),
-        }
+        }  # fmt: skip
         files.write_json(stem.with_suffix(".json"), sidecar)
         title = f"SVM {name}, mean over folds"
         drawn = pictures.draw_map(stem, args.outpath / maps.MEAN_SCAN, title)
@@ -136,15 +128,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
     parser = utils.make_parser(
-        __doc__,
-        "support vector machine",
-        *utils.OF_COHORT,
-        "--outpath",
-        "--seed",
-        "--workers",
-        "--cache-dir",
-        "--overwrite",
-    )
+        __doc__, "support vector machine", *utils.OF_COHORT, "--outpath", "--seed", "--workers",
+        "--cache-dir", "--overwrite",
+    )  # fmt: skip
     option = parser.add_argument
     # fmt: off
     option("--modelpath", type=Path, default=None, metavar="DIR",

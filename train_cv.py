@@ -48,9 +48,9 @@ EPOCH_LINE = (
     "%.1f s, %.2f GB; left in the fold %s if no epoch is better, %s at most%s"
 )
 NOT_LEARNED = (
-    "fold %d has not learned: the loss of its kept weights on the scans that it was trained on is "
-    "%.4f; knowing only how many are patients would give %.4f. What may help: a lower --lr, more "
-    "--patience, --restarts. Maps of this fold explain nothing"
+    "fold %d has not learned: the loss of its kept weights on its training scans is %.4f; knowing "
+    "only how many are patients would give %.4f. What may help: a lower --lr, more --patience, "
+    "--restarts. Maps of this fold explain nothing"
 )
 REDRAW_SECONDS = 30.0
 N_REHEARSED = 2  # steps of a dry run; the first sets things up and does not count
@@ -192,8 +192,8 @@ def dry_run(
     n_train = max(int((splits[f"fold_{f}"] == "train").sum()) for f in range(args.fold))
     epoch_s = step_s * n_train / args.batch
     kept = f"; besides, {kept_gb:.3g} GB of scans stay on the GPU" * bool(kept_gb)
-    shortest, longest = (utils.duration(args.fold * epoch_s * n)
-                         for n in (min(args.epochs, args.patience + 1), args.epochs))  # fmt: skip
+    n_epochs = (min(args.epochs, args.patience + 1), args.epochs)
+    shortest, longest = (utils.duration(args.fold * epoch_s * n) for n in n_epochs)
     utils.say(
         f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
         f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
@@ -221,12 +221,8 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
         "heatmap.py", args, *utils.OF_COHORT, "--model", "--device", modelpath=outpath,
         method=["LRP", "IG", "GGC"], target=1, outpath=outpath / "maps",
     )  # fmt: skip
-    return [
-        metrics.as_text(table),
-        metrics.verdict(table).sentence,
-        str(outpath),
-        f"next: {following}",
-    ]
+    sentence = metrics.verdict(table).sentence
+    return [metrics.as_text(table), sentence, str(outpath), f"next: {following}"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -254,8 +250,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="share of a fold's other scans that validate")
     option("--precision", choices=utils.PRECISIONS, default=None, group="compute",
            help="arithmetic of training; tf32: of convolutions and matrix products on a GPU (on a "
-           "CPU it is fp32); bf16: of the training steps, while predictions stay in fp32; left "
-           "out: what torch does, on a GPU tf32 in convolutions")
+           "CPU fp32); bf16: of training steps, not predictions; left out: what torch does, on a "
+           "GPU tf32 in convolutions")
     option("--no-cache", action="store_true", group="compute",
            help="decode every scan anew in every epoch")
     # fmt: on
@@ -266,11 +262,9 @@ def main(args: argparse.Namespace) -> None:
     """Train and test every fold, then put the folds together."""
     utils.start_log()
     wanted = folds.asked_for(args.fold, args.only_fold, args.overwrite)
-    if utils.world_size() > len(wanted):
-        raise InputError(
-            f"{utils.world_size()} processes are more than the {len(wanted)} folds to train: start "
-            f"{len(wanted)}, or one job a fold with --only-fold"
-        )
+    if utils.world_size() > (n_wanted := len(wanted)):
+        rule = f"{utils.world_size()} processes are more than the {n_wanted} folds to train"
+        raise InputError(f"{rule}: start {n_wanted}, or one job a fold with --only-fold")
     device = devices.find_device(args.device)
     devices.set_precision(args.precision)
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
@@ -297,11 +291,8 @@ def main(args: argparse.Namespace) -> None:
         log.warning("the run was begun on %s, and goes on on %s: it will not repeat", then, now)
     splits = from_first(lambda: folds.read(args.outpath / "splits.csv", cohort.table, cohort.scans))
     todo = from_first(lambda: run.unfinished(wanted))
-    shape = "×".join(map(str, cohort.volume_shape))
-    log.info(
-        "%d scans of %s voxels on %s; folds to train: %s",
-        len(cohort.scans), shape, devices.describe_device(device), todo or "none",
-    )  # fmt: skip
+    scans = f"{len(cohort.scans)} scans of {'×'.join(map(str, cohort.volume_shape))} voxels"
+    log.info("%s on %s; folds to train: %s", scans, record["device"], todo or "none")
 
     with utils.log_above_bars():
         mine = todo[utils.rank() :: utils.world_size()]

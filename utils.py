@@ -96,10 +96,9 @@ def number(
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must be a number ({kind.__name__}), got {text!r}"
-            ) from None
-        if not (np.isfinite(value) and value >= at_least and value > above and value < below):
+            rule = f"must be a number ({kind.__name__})"
+            raise argparse.ArgumentTypeError(f"{rule}, got {text!r}") from None
+        if not (np.isfinite(value) and value >= at_least and above < value < below):
             limits = {"at least": at_least, "above": above, "below": below}
             said = [f"{name} {limit:g}" for name, limit in limits.items() if np.isfinite(limit)]
             said = " and ".join(said) or "a finite number"
@@ -113,9 +112,8 @@ def role_and_name(text: str) -> tuple[str, str]:
     """Parse ROLE=NAME of --columns."""
     role, is_given, name = text.partition("=")
     if role not in COLUMN_ROLES or not (is_given and name.strip()):
-        raise argparse.ArgumentTypeError(
-            f"must be {', '.join(f'{role}=NAME' for role in COLUMN_ROLES)}, got {text!r}"
-        )
+        forms = ", ".join(f"{each}=NAME" for each in COLUMN_ROLES)
+        raise argparse.ArgumentTypeError(f"must be {forms}, got {text!r}")
     return role, name
 
 
@@ -124,8 +122,7 @@ OPTIONS = {  # that mean the same in every script that has them
                    help="one scan a row: NIfTI file, label 0 or 1, optional subject; columns by "
                         "name below a header row"),
     "--columns": dict(type=role_and_name, nargs="+", default=[], metavar="ROLE=NAME",
-                      help="which columns the CSV's header names as scan, label or subject, where "
-                           "it calls them otherwise"),
+                      help="columns of scan, label or subject that the header calls otherwise"),
     "--positive": dict(nargs="+", default=[], metavar="WORD",
                        help="words in the label's column that mean 1; rows with other words than "
                             "these and --negative are left out"),
@@ -198,10 +195,9 @@ def derived_seed(*keys: int, purpose: str = "") -> int:
 
 def printable(text: str) -> str:
     """Return text with what no terminal or page should be sent as escapes, lines kept."""
-    shown = (
+    return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
-    return "".join(shown)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -216,9 +212,8 @@ def start_log(log_path: Path | None = None, only_fold: int | None = None) -> Non
     """Log to stderr and to a file, of this rank and task; ranks but the first log only warnings."""
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk loses lines instead of stopping the run
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
+    while log.handlers:
+        log.handlers.pop().close()
     speaker = f"[rank {rank()}] " if world_size() > 1 else ""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(PrintableFormatter(f"{speaker}%(message)s"))

@@ -23,12 +23,9 @@ SPAN = 8  # voxels a side that suffice for layers to compute as they do on whole
 
 
 def integrated_gradients(
-    model: nn.Module,
-    volume: Tensor,
-    target: int | Tensor,
-    n_steps: int = N_STEPS,
+    model: nn.Module, volume: Tensor, target: int | Tensor, n_steps: int = N_STEPS,
     batch_size: int = 1,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Integrated gradients from baseline 0, midpoint rule.
 
     a = x ⊙ (1/n) Σ_{k=0}^{n−1} g((k+½)/n·x), g the gradient of the target's logit.

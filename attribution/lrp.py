@@ -25,12 +25,9 @@ MAX_SLAB_NEURONS = 2**26
 
 
 def lrp(
-    model: nn.Module,
-    volume: Tensor,
-    target: int | Tensor,
-    beta: float = BETA,
+    model: nn.Module, volume: Tensor, target: int | Tensor, beta: float = BETA,
     slab_neurons: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Layer-wise relevance propagation with the β-rule.
 
     Parameters
@@ -67,12 +64,9 @@ def lrp(
 
 
 def beta_relevance(
-    layer: nn.Module,
-    inputs: Tensor,
-    relevance: Tensor,
-    beta: float,
+    layer: nn.Module, inputs: Tensor, relevance: Tensor, beta: float,
     slab_neurons: int = SLAB_NEURONS,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Propagate relevance from a Conv3d's or Linear's outputs to its inputs a_i by the β-rule.
 
     R_i = Σ_j [(1+β)·max(z_ij, 0)/z⁺_j − β·min(z_ij, 0)/z⁻_j]·R_j with z_ij = a_i·w_ij. A neuron j

@@ -46,18 +46,14 @@ OTHER_HALF = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}
 class Volumes:
     """The scaled volumes of a cohort's scans, in its order, with an int64 label each.
 
-    They are kept in a folder once they are decoded, by n_workers threads; without a folder every
-    scan is decoded whenever it is asked for.
+    They are kept in a folder once n_workers threads decoded them; without one they are decoded
+    whenever they are asked for.
     """
 
     def __init__(
-        self,
-        scans: list[str],
-        labels: np.ndarray,
-        shape: tuple[int, int, int],
-        folder: Path | None = None,
-        n_workers: int = 0,
-    ):
+        self, scans: list[str], labels: np.ndarray, shape: tuple[int, int, int],
+        folder: Path | None = None, n_workers: int = 0,
+    ):  # fmt: skip
         self.scans, self.labels, self.shape, self.folder = scans, labels, shape, folder
         self.n_workers = max(1, n_workers)
         self.n_voxels = math.prod(shape)
@@ -104,15 +100,12 @@ class Volumes:
                 if time.time() - path.stat().st_mtime > MAX_WRITING_SECONDS:
                     path.unlink()
         if rows:
-            gb, n_scans = self.gb * len(rows) / len(self), len(self)
-            log.info(
-                "decoding %d of %d scans into %s (%.2f GB)", len(rows), n_scans, self.folder, gb
-            )
+            gb = f"{self.gb * len(rows) / len(self):.2f} GB"
+            log.info("decoding %d of %d scans into %s (%s)", len(rows), len(self), self.folder, gb)
         random.Random().shuffle(rows)  # those who fill the folder together start apart
         pool = ThreadPoolExecutor(self.n_workers)
         try:
-            for _ in progress(pool.map(self._decode, rows), "decoding", total=len(rows)):
-                pass
+            list(progress(pool.map(self._decode, rows), "decoding", total=len(rows)))
         finally:
             pool.shutdown(cancel_futures=True)
         self.facts = {row: self._facts_of(row) for row in range(len(self))}
@@ -155,11 +148,9 @@ class Volumes:
         self.warned.update(rows)
         n_bad = {row: n for row in rows if (n := self.facts[row]["n_nonfinite"])}
         if n_bad:
-            names = some_of(self.scans[row] for row in n_bad)
-            n_voxels, n_scans = sum(n_bad.values()), len(n_bad)
-            log.warning(
-                "%d non-finite voxels in %d scans were set to 0: %s", n_voxels, n_scans, names
-            )
+            names, n_voxels = some_of(self.scans[row] for row in n_bad), sum(n_bad.values())
+            remark = "%d non-finite voxels in %d scans were set to 0: %s"
+            log.warning(remark, n_voxels, len(n_bad), names)
         copies = pd.Series({row: self.facts[row]["crc32"] for row in rows}, dtype=object)
         kinds = {
             "have an outlier: a few bright voxels take most of the range, and leave the others "
@@ -254,11 +245,9 @@ class Volumes:
 
     def remove(self, is_own: bool) -> None:
         """Remove the folder if it is the run's own; a folder that the user named stays."""
-        if self.folder is None or not self.folder.is_dir():
-            return
-        if is_own:
+        if is_own and self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        else:
+        elif self.folder is not None and self.folder.is_dir():
             log.info("%.2f GB of decoded scans stay in --cache-dir %s", self.gb, self.folder)
 
 

@@ -86,10 +86,8 @@ def _has_tail(path: Path) -> bool:
         with gzip.open(path, "rb") as stream:
             while stream.read(CHUNK_BYTES):
                 pass
-    except gzip.BadGzipFile as error:
+    except (OSError, EOFError, zlib.error) as error:
         return str(error).startswith("Not a gzipped file")
-    except (OSError, EOFError, zlib.error):
-        return False
     return False
 
 
@@ -107,10 +105,8 @@ def open_image(path: str | Path) -> SpatialImage:
         if not np.isfinite(img.affine).all() or abs(np.linalg.det(img.affine[:3, :3])) < 1e-12:
             raise InputError(f"{path} has an affine that cannot be inverted")
         if isinstance(img, nib.Nifti1Image) and img.dataobj.offset < img.header.single_vox_offset:
-            raise InputError(
-                f"{path} is damaged: its voxels would begin inside its header (vox_offset "
-                f"{img.dataobj.offset})"
-            )
+            place = f"vox_offset {img.dataobj.offset}"
+            raise InputError(f"{path} is damaged: its voxels begin inside its header ({place})")
         if _is_truncated(img, path):
             raise InputError(
                 f"{path} is truncated or damaged: it holds fewer voxels than its header says"
@@ -174,10 +170,10 @@ def _is_truncated(img: SpatialImage, path: str | Path) -> bool:
     capacity = path.stat().st_size * MAX_RATIOS.get(suffix, 1)
     n_bytes = math.prod(map(int, proxy.shape)) * img.get_data_dtype().itemsize
     if not isinstance(proxy, ArrayProxy):  # MINC, PAR/REC: only a full read can tell
-        if n_bytes <= capacity * DEFLATE_RATIO:
+        is_possible = n_bytes <= capacity * DEFLATE_RATIO
+        if is_possible:
             np.asanyarray(proxy)
-            return False
-        return True
+        return not is_possible
     n_bytes += int(proxy.offset)
     if n_bytes > capacity or suffix not in MAX_RATIOS:
         return n_bytes > capacity
@@ -186,35 +182,27 @@ def _is_truncated(img: SpatialImage, path: str | Path) -> bool:
         n_bytes_at_end = int.from_bytes(compressed.read(4), "little")  # RFC 1952: size mod 2³²
     if suffix != ".bz2" and n_bytes_at_end == n_bytes % 2**32:
         return False
-    n_held = 0
     with ImageOpener(path) as opened:  # several gzip members, bytes after the end, bzip2
-        while n_held < n_bytes and (n_read := len(opened.read(CHUNK_BYTES))):
-            n_held += n_read
-    if n_held >= n_bytes and suffix != ".bz2" and _has_tail(path):
+        opened.seek(n_bytes - 1)
+        is_truncated = not opened.read(1)
+    if not is_truncated and suffix != ".bz2" and _has_tail(path):
         raise OSError("")  # `_disguise` says what is wrong
-    return n_held < n_bytes
+    return is_truncated
 
 
 def _has_contrast(img: SpatialImage) -> bool:
     """Tell whether two voxels differ, reading from the start only as far as needed."""
-    first_value, start = None, 0
     for fraction in PROBE_STOPS:
-        stop = max(1, round(img.shape[2] * fraction))
-        slab_data = np.asanyarray(img.dataobj[:, :, start:stop]).astype(np.float32)
-        slab_data, _ = _finite(slab_data)
-        if slab_data.size:
-            first_value = slab_data.flat[0] if first_value is None else first_value
-            if (slab_data != first_value).any():
-                return True
-        start = stop
+        slab_data = img.dataobj[:, :, : math.ceil(img.shape[2] * fraction)]
+        slab_data = _finite(np.asanyarray(slab_data).astype(np.float32))
+        if slab_data.min() < slab_data.max():
+            return True
     return False
 
 
-def _finite(data: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return float data with non-finite voxels set to 0, and how many there were."""
-    bad = ~np.isfinite(data)
-    n_bad = int(bad.sum())
-    return (np.where(bad, data.dtype.type(0), data) if n_bad else data), n_bad
+def _finite(data: np.ndarray) -> np.ndarray:
+    """Return data with NaN and infinite voxels set to 0."""
+    return np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def read_data(path: str | Path, dtype: type = np.float32) -> np.ndarray:
@@ -246,7 +234,7 @@ def read_image(path: Path, what: str, dtype: type = np.float32) -> nib.Nifti1Ima
     img = open_image(path)
     if not states_orientation(img):
         warn_of_orientation(f"a {what}")
-    return nib.Nifti1Image(_finite(read_data(path, dtype))[0], img.affine)
+    return nib.Nifti1Image(_finite(read_data(path, dtype)), img.affine)
 
 
 def load_volume(path: str | Path) -> tuple[np.ndarray, int]:
@@ -261,7 +249,8 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, int]:
         raise RunError(f"a scan cannot be read: {error}") from None
     low, high, n_nonfinite = raw_data.min(), raw_data.max(), 0
     if not (np.isfinite(low) and np.isfinite(high)):
-        raw_data, n_nonfinite = _finite(raw_data)
+        n_nonfinite = int((~np.isfinite(raw_data)).sum())
+        raw_data = _finite(raw_data)
         low, high = raw_data.min(), raw_data.max()
     if not (low < high and np.isfinite(high - low)):
         raise RunError(f"{path} cannot be scaled: its voxels range from {low:g} to {high:g}")
@@ -272,11 +261,10 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, int]:
 
 
 def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
-    """Return what a scaled volume tells of its scan; `top` and `filling` are of a part of it.
+    """Return what a scaled volume tells of its scan.
 
-    `crc32` is that of all voxels; `top` their 99.9th percentile, far below 1 where one bright voxel
-    takes the whole range; `filling` the value of more than a tenth of them, other than 0, on which
-    a background should lie; None if there is none.
+    `crc32` is of all voxels. Of a part of them: `top`, the 99.9th percentile, far below 1 where one
+    bright voxel takes the whole range; `filling`, the value of more than a tenth, None if it is 0.
     """
     voxels = volume_data.reshape(-1)
     part = np.sort(voxels[:: max(1, len(voxels) // SAMPLED_VOXELS)])
@@ -293,10 +281,9 @@ def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
 def write_image(
     path: Path, data: np.ndarray, like_img: SpatialImage, dtype: type = np.float32
 ) -> None:
-    """Write data of shape (D, H, W) as a .nii or .nii.gz image in the space of a scan.
+    """Write data (D, H, W) as a .nii or .nii.gz image in the space of a scan.
 
-    The scan's affine and, if it is NIfTI, its sform and qform with their codes and its units are
-    kept.
+    That is its affine and, of NIfTI, sform and qform with their codes, and the units.
     """
     map_img = nib.Nifti1Image(np.asarray(data, dtype=dtype), like_img.affine)
     if isinstance(like_img.header, nib.Nifti1Header):

@@ -13,17 +13,14 @@ from utils import InputError, log, some_of
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # the last two as spreadsheets write
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)?")
 SEPARATOR_LINE = re.compile(r'"?sep=([^"\r\n])"?[,;]*', re.IGNORECASE)  # as Excel takes and writes
 REMARK = "#"
 MAX_TEXT_SHOWN = 100  # letters of a cell in a message
 ROLES = {  # of the cohort's columns, and the names that a header row gives them
     "scan": ("path", "file", "filename", "scan", "image", "t1", "nifti"),
     "label": ("label", "diagnosis", "dx", "group", "class"),
-    "subject": (
-        "subject", "subject_id", "participant_id", "sub", "rid", "ptid", "family", "site",
-    ),
-}  # fmt: skip
+    "subject": ("subject", "subject_id", "participant_id", "sub", "rid", "ptid", "family", "site"),
+}
 LABEL = re.compile(r"([01])([.,]0*)?")  # spreadsheets and pandas write 1.0 for 1
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)[.,]0+")
 IMAGE_SUFFIXES = (".nii", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".head", ".brik", ".par", ".rec")
@@ -58,24 +55,21 @@ def read_rows(
     A line `sep=;` above them settles the separator. Lines that begin with # are left out, unless
     `is_wanted` says of their cells that they are rows all the same.
     """
-    text = read_text(path)
+    lines = list(io.StringIO(read_text(path), newline=""))
     separators = list(SEPARATORS)
 
     def is_remark(line: str) -> bool:
         rows = ([cell.strip() for cell in line.split(each)] for each in separators)
         return line.startswith(REMARK) and not any(map(is_wanted, rows))
 
-    start = 0
-    while (match := LINE.match(text, start)) and match[0]:
-        line = match[0].strip()
+    for number, line in enumerate(map(str.strip, lines)):
         if separator_line := SEPARATOR_LINE.fullmatch(line):
             separators = [separator_line[1]]
         elif line and not is_remark(line):
             break
-        start = match.end()
-    text = re.sub(r"[^\r\n]", "", text[:start]) + text[start:]  # lines keep their numbers
+        lines[number] = "\n"  # the others keep their numbers
 
-    rows_by = {each: _split(text, each, path) for each in separators}
+    rows_by = {each: _split(lines, each, path) for each in separators}
     separator = max(separators, key=lambda each: score(rows_by[each]))
     if separator != ",":
         log.info("columns are separated by a %s", SEPARATORS.get(separator, repr(separator)))
@@ -83,9 +77,9 @@ def read_rows(
     return [row for row in rows if not row[1][0].startswith(REMARK) or is_wanted(row[1])]
 
 
-def _split(text: str, separator: str, path: Path) -> Rows:
+def _split(lines: list[str], separator: str, path: Path) -> Rows:
     """Return the rows that are not empty."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (csv.Error, ValueError) as error:
@@ -138,10 +132,6 @@ class Sheet:
         column = self.column_of.get(role, len(cells))
         return cells[column] if column < len(cells) else ""
 
-    def roles(self) -> str:
-        """Return which column is read as what."""
-        return ", ".join(f"{role} = {self.name(role)}" for role in self.column_of)
-
     def name(self, role: str) -> str:
         """Return what a role's column is called."""
         column = self.column_of[role]
@@ -182,7 +172,7 @@ def read_sheet(path: Path, wanted: Wanted) -> Sheet:
 
     rows = read_rows(path, score, is_row)
     first = rows[0][1] if rows else []
-    numbers = [str(number) for number in range(len(first))]  # pandas's heads of unnamed columns
+    numbers = list(map(str, range(len(first))))  # pandas's heads of unnamed columns
     first_column = int(first == ["", *numbers[:-1]])  # after its index
     is_numbered = (first == numbers or first_column == 1) and not any(map(is_image, first))
     is_named = names_roles(first) or not (first and (is_image(first[0]) or has_label(first)))
@@ -190,17 +180,16 @@ def read_sheet(path: Path, wanted: Wanted) -> Sheet:
         del rows[:1]
     if not rows:
         raise InputError(f"{path} lists no scan")
-    has_names = is_named and not is_numbered
-    if has_names:
-        below_heads = rows[0][1][: len(first)]
-        images = [column for column, text in enumerate(below_heads) if is_image(text)]
-        column_of = _find_columns(first, wanted, images, path)
+    header = first if is_named and not is_numbered else []
+    if header:
+        images = [c for c, text in enumerate(rows[0][1][: len(header)]) if is_image(text)]
+        column_of = _find_columns(header, wanted, images, path)
     elif wanted.columns or wanted.positive:
         option = "--columns" if wanted.columns else "--positive"
         raise InputError(f"{option} needs a row in {path} that names the columns")
     else:
         column_of = {role: column for column, role in enumerate(ROLES, first_column)}
-    sheet = Sheet(path, first if has_names else [], rows, column_of)
+    sheet = Sheet(path, header, rows, column_of)
     if wanted.no_subjects or not any(sheet.cell(cells, "subject") for _, cells in rows):
         column_of.pop("subject", None)
     return sheet
@@ -221,8 +210,8 @@ def _find_columns(
 ) -> dict[str, int]:
     """Return the column of each role: as asked for, else by its name, else the one that is left.
 
-    `images` are the columns that hold an image in the first row. Where no name says which is the
-    scan's, the only one of them is; of two columns the other is the label's.
+    That is for the scan the only one of `images`, which hold one in the first row; of two columns
+    the other is the label's.
     """
     there = f"the columns of {path} are {', '.join(map(shown, header))}"
     found: dict[str, list[int]] = {}
@@ -238,10 +227,8 @@ def _find_columns(
         named = [column for column in _named(header, ROLES[role]) if column not in taken]
         if len(named) > 1 and not (role == "subject" and wanted.no_subjects):
             names = " and ".join(shown(header[column]) for column in named)
-            raise InputError(
-                f"{names} in {path} could each be the {role}: say which with --columns "
-                f"{role}={header[named[0]]}"
-            )
+            option = f"--columns {role}={header[named[0]]}"
+            raise InputError(f"{names} in {path} could each be the {role}: say which with {option}")
         found[role] = named
     if not found["scan"] and len(images) == 1:
         found["scan"] = images
@@ -249,15 +236,11 @@ def _find_columns(
         found["label"] = [column for column in range(2) if column not in found["scan"]][:1]
     for role in ("scan", "label"):
         if not found[role]:
-            raise InputError(
-                f"no column is called one of {', '.join(ROLES[role])}: say which is the {role} "
-                f"with --columns {role}=NAME; {there}"
-            )
+            rule = f"no column is called one of {', '.join(ROLES[role])}"
+            raise InputError(f"{rule}: say which with --columns {role}=NAME; {there}")
     if not found["subject"] and (found["scan"], found["label"]) == ([0], [1]) and header[2:]:
-        log.warning(
-            "column 3, %s, is not taken as the subject: --columns subject=%s would take it",
-            shown(header[2]), header[2],
-        )  # fmt: skip
+        remark = "column 3, %s, is not taken as the subject: --columns subject=%s would take it"
+        log.warning(remark, shown(header[2]), header[2])
     return {role: found[role][0] for role in ROLES if found[role]}
 
 
@@ -270,8 +253,7 @@ def word_of(text: str) -> str:
 def find_labels(sheet: Sheet, wanted: Wanted) -> dict[str, int]:
     """Return what each text of the label column means; those that mean nothing are left out.
 
-    An InputError if no row has a word of --positive or --negative, or if the column holds words
-    only and nothing says what they mean.
+    An InputError if no row has a word of the options, or nothing says what the words mean.
     """
     texts = {sheet.cell(cells, "label") for _, cells in sheet.rows}
     words = {word_of(text) for text in texts} - set(MISSING)

@@ -16,6 +16,10 @@ from utils import InputError, some_of
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # of a state dict, in a dict of more
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 COUNTERS = ("n_averaged",)  # AveragedModel's
+MORE_THAN_TENSORS = (
+    "it holds more than tensors, such as a whole module or numpy values, and loading those could "
+    "run code from it; save model.state_dict() alone"
+)
 
 
 @dataclass
@@ -113,19 +117,16 @@ def resume(outpath: Path, fold: int, model: nn.Module, optimizer: torch.optim.Ad
         options = optimizer.state_dict()["param_groups"]  # the command's, not the file's
         optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": options})
     except Exception as error:  # whatever a crafted content provokes
-        reason = " ".join(line.strip() for line in str(error).splitlines())[:300]
-        raise InputError(
-            f"{path} cannot resume this fold; start anew with --overwrite: "
-            f"{reason or type(error).__name__}"
-        ) from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        advice = "start anew with --overwrite"
+        raise InputError(f"{path} cannot resume this fold; {advice}: {reason}") from None
     return state
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load a fold's state dict into a model; an InputError if it is none, or another model's.
 
-    It may stand in a dict of more, or be that of a network in DataParallel, torch.compile or the
-    like, whose keys have a prefix.
+    It may stand in a dict of more, or have the prefixed keys of DataParallel, torch.compile, ….
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}")
@@ -144,9 +145,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
                 raise ValueError(f"{key} has shape {shape}, the model's {tuple(tensor.shape)}")
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path} holds no weights of this model for volumes of this shape: {error}"
-        ) from None
+        rule = f"{path} holds no weights of this model for volumes of this shape"
+        raise InputError(f"{rule}: {error}") from None
 
 
 def _load(path: Path) -> object:
@@ -156,10 +156,7 @@ def _load(path: Path) -> object:
     except Exception as error:  # torch.load lets through whatever bytes provoke
         reason = "it is no file of torch.save, or damaged"
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            reason = (
-                "it holds more than tensors, such as a whole module or numpy values, and loading "
-                "those could run code from it; save model.state_dict() alone"
-            )
+            reason = MORE_THAN_TENSORS
         raise ValueError(reason) from None
 
 

@@ -45,9 +45,8 @@ def _choose(name: str | None) -> torch.device:
     """Return the device of that name."""
     n_gpus, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name is None and world_size() > 1 and 0 < n_gpus < n_here:
-        raise InputError(
-            f"this host has {n_gpus} GPUs, and {n_here} processes: use --nproc-per-node {n_gpus}"
-        )
+        advice = f"use --nproc-per-node {n_gpus}"
+        raise InputError(f"this host has {n_gpus} GPUs, and {n_here} processes: {advice}")
     if name is None:
         name = f"cuda:{local_rank()}" if n_gpus else "cpu"
     try:
@@ -57,10 +56,8 @@ def _choose(name: str | None) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda" or (device.index or 0) >= n_gpus:
-        raise InputError(
-            f"--device {name}: there is no such GPU here ({n_gpus} found); use --device cpu to run "
-            "on the CPU"
-        )
+        fault = f"--device {name}: there is no such GPU here ({n_gpus} found)"
+        raise InputError(f"{fault}; use --device cpu to run on the CPU")
     return torch.device("cuda", device.index or 0)
 
 
@@ -105,9 +102,7 @@ def gpu_versions(device: torch.device) -> dict[str, str]:
 
 
 def set_precision(name: str | None) -> None:
-    """Let float32 round to TF32 on a GPU ("tf32"), keep it exact ("fp32", "bf16"), or, None, be as
-    torch has it: exact but for convolutions.
-    """
+    """Let float32 be TF32 on a GPU ("tf32"), exact ("fp32", "bf16"), or as torch has it (None)."""
     if name is None:
         return
     for kernels in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):

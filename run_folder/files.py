@@ -42,28 +42,20 @@ def find(text: str, folder: Path) -> Path | None:
     return None
 
 
-def check_outpath(outpath: Path, option: str = "--outpath") -> None:
-    """Refuse a folder to write to that is a file or may not be written, before anything is."""
+def check_outpath(outpath: Path, option: str = "--outpath", is_made: bool = False) -> None:
+    """Refuse a folder that cannot be written to; nothing is left of it unless it `is_made`."""
     try:
-        there = nearest_folder(outpath)
-        reason = "" if os.access(there, os.W_OK) else "Permission denied"
-        reason = reason if there.is_dir() else f"{there} is a file"
-    except OSError as error:  # a name too long
-        reason = error.strerror
-    if reason:
-        raise InputError(f"{option} {outpath} cannot be used as a folder: {reason}")
+        if is_made:
+            outpath.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=nearest_folder(outpath)):
+            pass
+    except OSError as e:
+        raise InputError(f"{option} {outpath} cannot be used as a folder: {e.strerror}") from None
 
 
 def make_outpath(outpath: Path, option: str = "--outpath") -> Path:
     """Create a folder to write to; an InputError if that cannot be, naming the option."""
-    try:
-        outpath.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outpath):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{option} {outpath} cannot be used as a folder: {error.strerror}"
-        ) from None
+    check_outpath(outpath, option, is_made=True)
     return outpath
 
 
@@ -79,10 +71,8 @@ def check_room(needed_gb: dict[str, tuple[float, Path]]) -> list[str]:
         together = [other for other in needed_gb if disks[other] == disks[name]]
         total = sum(needed_gb[other][0] for other in together)
         if total > free_gb(path):
-            raise InputError(
-                f"{' and '.join(together)} need {total:.3g} GB below {path}, "
-                f"{free_gb(path):.3g} GB are free"
-            )
+            there = f"below {path}, {free_gb(path):.3g} GB are free"
+            raise InputError(f"{' and '.join(together)} need {total:.3g} GB {there}")
     return [
         f"disk: at most {gb:.3g} GB of {name}; free: {free_gb(path):.3g} GB below {path}"
         for name, (gb, path) in needed_gb.items()

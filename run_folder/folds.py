@@ -29,19 +29,10 @@ def asked_for(n_folds: int, only_fold: int | None, overwrite: bool) -> list[int]
 def draw(table: pd.DataFrame, n_folds: int, val_fraction: float, seed: int) -> pd.DataFrame:
     """Draw the folds: stratified, shuffled, seeded, with subjects kept whole.
 
-    Parameters
-    ----------
-    table : DataFrame
-        One row a scan: path, label[, subject].
-    val_fraction : float
-        Share of each fold's remaining scans that goes to validation. With subjects it is rounded
-        to 1/k or 1 − 1/k, k an integer from 2.
-
-    Returns
-    -------
-    DataFrame
-        The table, then fold_0 … fold_{k−1} with "train", "val" or "test". Every scan is tested in
-        exactly one fold. An InputError if scans or subjects are too few for that.
+    Returns the table (one row a scan: path, label[, subject]), then fold_0 … fold_{k−1} with
+    "train", "val" or "test". Every scan is tested in exactly one fold; an InputError if scans or
+    subjects are too few for that. With subjects the share of each fold's remaining scans that
+    goes to validation is rounded to 1/k or 1 − 1/k, k an integer from 2.
     """
     labels, subjects = table["label"].to_numpy(), table.get("subject")
     for label in (0, 1):
@@ -90,10 +81,8 @@ def _check(part: np.ndarray, labels: np.ndarray, subjects: pd.Series | None, fol
     for name in PARTS:
         classes = np.unique(labels[part == name])
         if len(classes) == 0 or (name == "train" and len(classes) < 2):
-            raise InputError(
-                f"fold {fold} leaves no {name} scans of each class: use fewer folds, another "
-                "--val-fraction or more subjects"
-            )
+            advice = "use fewer folds, another --val-fraction or more subjects"
+            raise InputError(f"fold {fold} leaves no {name} scans of each class: {advice}")
         if len(classes) == 1:
             log.warning("fold %d: all %s scans have label %d", fold, name, classes[0])
     if subjects is not None:
@@ -110,19 +99,12 @@ def read(path: Path, table: pd.DataFrame, scans: list[str]) -> pd.DataFrame:
     """Read splits.csv in the order of the CSV's scans; an InputError if it has other scans.
 
     Scans that have moved since, or are spelled otherwise, are known by their names; `path` of the
-    table returned is as it was then.
-
-    Parameters
-    ----------
-    table : DataFrame
-        path and label of each scan, as the CSV has them now.
-    scans : list of str
-        Their files, absolute.
+    table returned is as it was then. `table` has path and label of each scan as the CSV has them
+    now, `scans` their files, absolute.
     """
     if not path.is_file():
-        raise InputError(
-            f"there is no {path} of train_cv.py; heatmap.py --subjects all does without it"
-        )
+        advice = "heatmap.py --subjects all does without it"
+        raise InputError(f"there is no {path} of train_cv.py; {advice}")
     splits = files.read_csv(path, {"path": str, "label": int, "fold_0": str})
     parts = splits[[f"fold_{fold}" for fold in range(count(splits)) if f"fold_{fold}" in splits]]
     is_test = parts == "test"
@@ -133,11 +115,9 @@ def read(path: Path, table: pd.DataFrame, scans: list[str]) -> pd.DataFrame:
     for here, there, place in ((now, then, path), (then, now, "the CSV")):
         missing = sorted(set(here) - set(there))
         if missing or len(set(here)) < len(here):
-            raise InputError(
-                f"the CSV's scans are not those of {path}, wherever they were moved: "
-                f"{len(missing)} are not in {place}, such as "
-                f"{next(iter(missing), 'one that is listed twice')!r}"
-            )
+            example = (missing or ["one that is listed twice"])[0]
+            rule = f"the CSV's scans are not those of {path}, wherever they were moved"
+            raise InputError(f"{rule}: {len(missing)} are not in {place}, such as {example!r}")
     splits = splits.set_axis(then).loc[now].reset_index(drop=True)
     differing = table["path"][splits["label"].to_numpy() != table["label"].to_numpy()]
     if len(differing):

@@ -40,8 +40,7 @@ def run_script(main: Callable, args: argparse.Namespace, kept: str = "") -> int:
     """Run a script's `main(args)` and return its exit status.
 
     0 done; 2 the input is at fault; 128 plus its number for a signal; 1 anything else. `kept` says,
-    after a signal, what the run has kept. Under torchrun a process that fails reports its error and
-    ends without waiting for the others.
+    after a signal, what the run has kept. Under torchrun a process that fails waits for no other.
     """
     speaker = f"rank {rank()}: " if world_size() > 1 else ""
     try:
@@ -129,25 +128,20 @@ def wait_for_all() -> None:
 
 def from_first(function: Callable[[], object]) -> object:
     """Call a function in the first process; return its result, or refuse its input, in all."""
-    if world_size() == 1:
-        return function()
-    from torch import distributed
-
-    outcome, refusal = [None, False], None
+    result, refusal = None, None
     if is_first():
         try:
-            outcome[0] = function()
+            result = function()
         except InputError as error:
-            outcome[1], refusal = True, error
-    wait_for_all()
-    distributed.broadcast_object_list(outcome)
-    if refusal:
+            refusal = error
+    result, refusal = gathered((result, refusal))[0]
+    if refusal is None:
+        return result
+    if is_first():
         raise refusal
-    if outcome[1]:
-        with suppress(RunError):
-            wait_for_all()  # until the first has ended: torchrun stops all when one has
-        raise SaidByFirst
-    return outcome[0]
+    with suppress(RunError):
+        wait_for_all()  # until the first has ended: torchrun stops all when one has
+    raise SaidByFirst
 
 
 def gathered(value: object) -> list:

@@ -41,9 +41,8 @@ def locked(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
             try:
                 lock.acquire(MAX_WAIT_SECONDS if wait else 0, POLL_SECONDS)
             except Timeout:  # an OSError, too
-                raise InputError(
-                    f"{owner} works on {folder} ({name}); wait until it is done, or stop it"
-                ) from None
+                work = f"{owner} works on {folder} ({name})"
+                raise InputError(f"{work}; wait until it is done, or stop it") from None
         owner_path.write_text(f"process {os.getpid()} on host {platform.node()}")
     except (OSError, NotImplementedError) as error:
         warn_without_locks(folder, str(error))
@@ -93,20 +92,16 @@ class RunFolder:
             self._refuse_strangers(overwrite)
             return False
         before = files.read_json(self.record_path)
-        if before.get("script") != self.record["script"]:
-            raise InputError(
-                f"{self.path} holds a run of {before.get('script')}: choose another --outpath"
-            )
+        if (script := before.get("script")) != self.record["script"]:
+            raise InputError(f"{self.path} holds a run of {script}: choose another --outpath")
         if overwrite:
             return False
         if not isinstance(before.get("arguments"), dict):
             raise InputError(f"{self.record_path} does not say what the run's arguments were")
         differing = [self._difference(key, before) for key in self.compared]
-        if any(differing):
-            raise InputError(
-                f"{self.path} holds a run with other options: {'; '.join(filter(None, differing))}."
-                " Choose another --outpath, or start anew with --overwrite"
-            )
+        if differing := "; ".join(filter(None, differing)):
+            advice = "Choose another --outpath, or start anew with --overwrite"
+            raise InputError(f"{self.path} holds a run with other options: {differing}. {advice}")
         return True
 
     def _refuse_strangers(self, overwrite: bool) -> None:
@@ -144,9 +139,7 @@ class RunFolder:
     def start(
         self, overwrite: bool = False, tables: dict[str, pd.DataFrame] | None = None
     ) -> "RunFolder":
-        """Resume, or remove what is replaced and begin: `tables` first, the record last; return the
-        run.
-        """
+        """Resume, or remove what is replaced and begin, `tables` first, the record last."""
         self.check(overwrite)
         files.make_outpath(self.path)
         with self._lock("start", wait=True), ExitStack() as others:
@@ -197,7 +190,5 @@ class RunFolder:
         """Raise an InputError if the folder's run is another than when this process began."""
         record = files.read_json(self.record_path) if self.record_path.is_file() else {}
         if record.get("run_id") != self.record["run_id"]:
-            raise InputError(
-                f"another process has started the run in {self.path} anew since this one began; "
-                "choose another --outpath"
-            )
+            rule = f"another process has started the run in {self.path} anew since this one began"
+            raise InputError(f"{rule}; choose another --outpath")

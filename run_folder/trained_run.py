@@ -17,56 +17,35 @@ BATCH = 5  # scans per training step: the paper's, and that of a folder without 
 
 @dataclass(frozen=True)
 class TrainedFold:
-    """One fold to explain: arrays have an entry for each of the scans it explains.
-
-    Attributes
-    ----------
-    number : int
-    checkpoint_path : Path
-    rows : int array
-        Of the scans in the cohort.
-    parts : str array
-        train, val or test, as the fold had them; "" for scans that splits.csv does not have.
-    probabilities : float array
-        Of label 1, as the fold's predictions have them; NaN where there are none.
-    train_rows : int array
-        Of at most `MAX_STATISTICS` scans that it was trained on; without splits.csv of any scans.
-    """
+    """One fold to explain: arrays have an entry for each of the scans it explains."""
 
     number: int
     checkpoint_path: Path
-    rows: np.ndarray
-    parts: np.ndarray
-    probabilities: np.ndarray
-    train_rows: np.ndarray
+    rows: np.ndarray  # int, of the scans in the cohort
+    parts: np.ndarray  # train, val or test, as the fold had them; "" without splits.csv
+    probabilities: np.ndarray  # of label 1, as the fold's predictions have them; NaN without
+    train_rows: np.ndarray  # of at most MAX_STATISTICS scans of its training, or any if unknown
 
     def load_weights(self, model: nn.Module, expected_sha256: dict[str, str]) -> None:
         """Give a model the fold's weights; they must be those that the maps' run began with."""
         if files.sha256(self.checkpoint_path) != expected_sha256[self.checkpoint_path.name]:
-            raise RunError(
-                f"{self.checkpoint_path} has changed since these maps were begun: when training is "
-                "done, start anew with --overwrite"
-            )
+            changed = f"{self.checkpoint_path} has changed since these maps were begun"
+            raise RunError(f"{changed}: when training is done, start anew with --overwrite")
         checkpoints.load_weights(self.checkpoint_path, model)
 
     def check_probability(self, modelpath: Path, path: str, found: float, expected: float) -> None:
         """Raise an InputError unless the weights see in a scan what they saw when it was tested."""
         _, precision = arithmetic(modelpath)
         if abs(found - expected) > (EXACT_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE):
-            raise InputError(
-                f"{path} is not the scan that fold {self.number} was tested on: its probability is "
-                f"{found:.3f}, and {expected:.3f} in the predictions of {modelpath}"
-            )
+            differing = f"{found:.3f}, and {expected:.3f} in the predictions of {modelpath}"
+            rule = f"{path} is not the scan that fold {self.number} was tested on"
+            raise InputError(f"{rule}: its probability is {differing}")
 
 
 def plan(
-    modelpath: Path,
-    facts: dict,
-    n_folds: int | None,
-    table: pd.DataFrame,
-    scans: list[str],
+    modelpath: Path, facts: dict, n_folds: int | None, table: pd.DataFrame, scans: list[str],
     only_held_out: bool,
-) -> list[TrainedFold]:
+) -> list[TrainedFold]:  # fmt: skip
     """Return the folds to explain; an InputError if the run is of another model, scans or folds.
 
     Parameters
@@ -75,23 +54,19 @@ def plan(
         The --outpath of train_cv.py, or a folder of checkpoints without run.json.
     facts : dict
         Of the scans and the model to explain: model, volume_shape, affine as run.json has them.
-    n_folds : int or None
-        --fold.
-    table : DataFrame
-        The scans: path, label.
-    scans : list of str
-        Their files, absolute.
+    table, scans : DataFrame, list of str
+        The scans' path and label, and their files, absolute.
     only_held_out : bool
         Each fold explains its test scans only, as splits.csv has them.
     """
     n_folds = _count_folds(modelpath, facts, n_folds)
     if n_folds > len(table):
         raise InputError(f"{n_folds} folds are more than there are scans")
+    splits_path = modelpath / "splits.csv"
     try:
-        splits = folds.read(modelpath / "splits.csv", table, scans)
+        splits = folds.read(splits_path, table, scans)
         if folds.count(splits) != n_folds:
-            n_there = folds.count(splits)
-            raise InputError(f"{modelpath / 'splits.csv'} has {n_there} folds, not {n_folds}")
+            raise InputError(f"{splits_path} has {folds.count(splits)} folds, not {n_folds}")
     except InputError:
         if only_held_out:
             raise
@@ -101,15 +76,11 @@ def plan(
         parts = splits[f"fold_{number}"].to_numpy().astype(str)
         rows = np.flatnonzero(parts == "test") if only_held_out else np.arange(len(table))
         if not len(rows):
-            raise InputError(f"{modelpath / 'splits.csv'}: fold {number} tests no scan")
+            raise InputError(f"{splits_path}: fold {number} tests no scan")
         train_rows = np.flatnonzero(parts == "train") if "train" in parts else np.arange(len(table))
         predicted = _read_predictions(modelpath, number).reindex(splits["path"]).to_numpy()
-        path = checkpoints.weights_path(modelpath, number)
-        planned.append(
-            TrainedFold(
-                number, path, rows, parts[rows], predicted[rows], train_rows[:MAX_STATISTICS]
-            )
-        )
+        path, train_rows = checkpoints.weights_path(modelpath, number), train_rows[:MAX_STATISTICS]
+        planned.append(TrainedFold(number, path, rows, parts[rows], predicted[rows], train_rows))
     return planned
 
 
