@@ -10,25 +10,26 @@ DEMO := demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# A cohort, five trained folds, LRP, IG and GGC maps, the SVM, and how well all of them find the
-# planted atrophy.
+# A cohort, five trained folds, LRP, IG and GGC maps, the same of untrained networks, the SVM, and how
+# well all of them find the planted atrophy.
 demo: .venv/ready
 	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 240 --voxel 6
 	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
 		--model modelT16 --lr 5e-4 --epochs 30 --patience 15 --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT16 --method LRP IG GGC --target 1 --steps 20 \
+		--model modelT16 --method LRP IG GGC --target 1 --steps 20 --save-subjects \
 		--outpath $(DEMO)/maps --device cpu
 	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT16 --method GGC --target 1 --randomize \
-		--outpath $(DEMO)/maps --device cpu
+		--model modelT16 --method LRP IG GGC --target 1 --steps 20 --save-subjects \
+		--randomize --outpath $(DEMO)/maps --device cpu
 	$(BIN)/python svm.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
 		--outpath $(DEMO)/svm
 	$(BIN)/python compare.py --maps $(DEMO)/svm/SVM_weights_all.nii.gz \
 		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/maps/LRP_map_all.nii.gz \
 		$(DEMO)/maps/IG_map_all.nii.gz $(DEMO)/maps/GGC_map_all.nii.gz \
-		$(DEMO)/maps/GGC_random_map_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
-		--mask $(DEMO)/cohort/brain.nii.gz \
+		$(DEMO)/maps/LRP_contrast_all.nii.gz $(DEMO)/maps/IG_contrast_all.nii.gz \
+		$(DEMO)/maps/GGC_contrast_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
+		--mask $(DEMO)/cohort/brain.nii.gz --sign neg pos abs --fwhm 10 0 \
 		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
 
 # Each is quick as it is, and measures at the paper's size with --full.

@@ -139,7 +139,7 @@ def judge_scans(
     evidence = overlap.SIGNS[args.sign[0]]
     measures = [lambda v, f=f: f(evidence(v), inside) for f in WITH_ERRORS.values()]
     draws = significance.draws(scan_maps, measures, args.seed)
-    errors = draws.std(axis=0, ddof=1)
+    errors = significance.standard_errors(draws)
     found |= {f"{m}_se": error for m, error in zip(WITH_ERRORS, errors, strict=True)}
     if scan_maps.is_contrast:
         found["label_p"], n_fixed = significance.label_p(
@@ -173,7 +173,7 @@ def differences_of_maps(
         if not scans[0].equals(scans[1]):
             unpaired.append(f"{one} and {other}")
             continue
-        errors = (draws[one] - draws[other]).std(axis=0, ddof=1)
+        errors = significance.standard_errors(draws[one] - draws[other])
         row = {"map": one, "other": other, "n_scans": len(scans[0])}
         for name, error in zip(WITH_ERRORS, errors, strict=True):
             difference = of_map.loc[one, name] - of_map.loc[other, name]

@@ -6,6 +6,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from nilearn import image
+from sklearn.metrics import average_precision_score
 
 import compare
 
@@ -158,3 +160,156 @@ def test_input_at_fault(inputs, tmp_path, refusal, change, message):
             "--atlas", inputs["atlas"], "--atlas-labels", inputs["labels"], "--outpath",
             tmp_path / "out", *more]  # fmt: skip
     assert message in refusal(compare, argv)
+
+
+# Signs and smoothing
+
+
+def test_a_map_is_smoothed_before_its_sign_is_taken(inputs, tmp_path):
+    """A bright blob cancels the dark one beside it, in every row as computed by hand."""
+    data = (
+        -blob((2, 3, 4)) + 0.8 * blob((5, 3, 4)) + 1e-5 * np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    )
+    path = save(tmp_path / "signed.nii.gz", data)
+    argv = ["--maps", path, "--reference", inputs["reference"], "--mask", inputs["mask"]]
+    table = run(*argv, "--sign", "neg", "abs", "--fwhm", "5", "0", outpath=tmp_path / "out")
+    inside = (blob() > 0).ravel()
+    smooth = image.smooth_img(nib.load(path), 5).get_fdata().ravel()
+    plain = nib.load(path).get_fdata().ravel()
+    expected = {("neg", 5): np.maximum(-smooth, 0), ("abs", 5): abs(smooth),
+                ("neg", 0): np.maximum(-plain, 0), ("abs", 0): abs(plain)}  # fmt: skip
+    assert [(row["sign"], row["fwhm"]) for _, row in table.iterrows()] == list(expected)
+    for (_, row), values in zip(table.iterrows(), expected.values(), strict=True):
+        found = average_precision_score(inside, values)
+        assert row["average_precision"] == pytest.approx(found, rel=1e-4)
+    late = image.smooth_img(nib.Nifti1Image(np.maximum(-nib.load(path).get_fdata(), 0), AFFINE), 5)
+    late_value = average_precision_score(inside, late.get_fdata().ravel())
+    assert abs(late_value - table["average_precision"].iloc[0]) > 0.01
+    assert np.isfinite(table["shift_p"].to_numpy()).tolist() == [True, False, False, False]
+    assert (tmp_path / "out" / "settings.png").stat().st_size > 5000
+
+
+# Maps of single scans
+
+
+@pytest.fixture
+def scans_path(tmp_path) -> Path:
+    """Return a folder with maps of scans, their mean maps and contrasts, trained and untrained.
+
+    Patients' maps are darker where the reference is, through both kinds of networks.
+    """
+    folder, rng = tmp_path / "maps", np.random.default_rng(0)
+    folder.mkdir()
+    save(folder / "mean_scan.nii.gz", np.ones(SHAPE))
+    save(folder / "coverage.nii.gz", np.ones(SHAPE))
+    fold, label = np.repeat([0, 1], 8), np.arange(16) % 2
+    for stem, effect in {"IG": 4.0, "IG_random": 2.0, "LRP": 0.0}.items():
+        data = rng.standard_normal((16, *SHAPE)) - effect * label[:, None, None, None] * blob()
+        names = [f"{stem}_subjects/{i}.nii.gz" for i in range(16)]
+        (folder / f"{stem}_subjects").mkdir()
+        for name, each in zip(names, data, strict=True):
+            save(folder / name, each)
+        table = {"path": names, "subject": np.arange(16) // 2 * 2 + label, "label": label,
+                 "fold": fold, "map": names}  # fmt: skip
+        table["path"] = [f"scan{i}" for i in range(16)]
+        pd.DataFrame(table).to_csv(folder / f"{stem}_predictions.csv", index=False)
+        kinds = {
+            "map": [data[fold == f].mean(0) for f in (0, 1)],
+            "contrast": [
+                data[(fold == f) & (label == 1)].mean(0) - data[(fold == f) & (label == 0)].mean(0)
+                for f in (0, 1)
+            ],
+        }
+        for kind, folds in kinds.items():
+            save(folder / f"{stem}_{kind}_all.nii.gz", np.mean(folds, axis=0))
+            for number, each in enumerate(folds):
+                save(folder / f"{stem}_{kind}_f{number}.nii.gz", each)
+    return folder
+
+
+def compare_scans(folder: Path, inputs: dict, *more: object) -> pd.DataFrame:
+    """Compare the maps and contrasts of IG and LRP with the reference, as far as it is dark."""
+    paths = [
+        folder / f"{m}_{kind}_all.nii.gz" for m in ("IG", "LRP") for kind in ("map", "contrast")
+    ]
+    argv = ["--maps", *paths, "--sign", "neg", "--permutations", "99", *more]
+    return run(*argv, outpath=folder.parent / "out")
+
+
+def test_errors_labels_and_differences(scans_path, inputs, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="heatmaps"):
+        table = compare_scans(scans_path, inputs, "--reference", inputs["reference"])
+    assert list(table.index) == ["IG", "IG_contrast", "LRP", "LRP_contrast", "IG_random",
+                                 "IG_random_contrast"]  # fmt: skip
+    assert (table["dice_matched_se"] > 0).all() and (table["average_precision_se"] > 0).all()
+    assert table["half_r"].between(-1, 1).all() and table["fold_r"].between(-1, 1).all()
+    row = table.loc["IG_contrast"]
+    assert row["dice_matched"] == 1 and row["label_p"] == row["label_p_untrained"] == 0.01
+    assert table.loc["IG_random_contrast", "label_p"] == 0.01
+    assert table.loc["LRP_contrast", "label_p"] > 0.05
+    assert table["label_p"].notna().sum() == 3 and table["label_p_untrained"].notna().sum() == 1
+    assert "LRP_contrast: its label_p says that the groups' maps differ" in caplog.text
+    assert "added as controls: IG_random_map_all.nii.gz, IG_random_contrast" in caplog.text
+    pairs = pd.read_csv(tmp_path / "out" / "differences.csv").set_index(["map", "other"])
+    assert len(pairs) == 15
+    pair = pairs.loc[("IG_contrast", "LRP_contrast")]
+    expected = row["dice_matched"] - table.loc["LRP_contrast", "dice_matched"]
+    assert pair["dice_matched_difference"] == pytest.approx(expected)
+    assert pair["dice_matched_difference_se"] > 0
+    assert not list((tmp_path / "out").glob(".tmp-*"))
+    again = compare_scans(scans_path, inputs, "--reference", inputs["reference"])
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_without_a_reference(scans_path, inputs, tmp_path):
+    table = compare_scans(scans_path, inputs)
+    assert "dice_matched" not in table and table["half_r"].notna().all()
+    of_maps = pd.read_csv(tmp_path / "out" / "correlations.csv").set_index("map")
+    assert list(of_maps.columns) == list(of_maps.index) == list(table.index)
+    values = [
+        nib.load(scans_path / f"{m}_map_all.nii.gz").get_fdata().ravel() for m in ("IG", "LRP")
+    ]
+    assert of_maps.loc["IG", "LRP"] == pytest.approx(np.corrcoef(values)[0, 1], abs=1e-5)
+    assert "No --reference was given" in (tmp_path / "out" / "report.html").read_text()
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_other_scans_make_no_pair(scans_path, inputs, tmp_path, caplog):
+    path = scans_path / "LRP_predictions.csv"
+    table = pd.read_csv(path)
+    table.assign(path=table["path"] + "b").to_csv(path, index=False)
+    with caplog.at_level("INFO", logger="heatmaps"):
+        compare_scans(scans_path, inputs, "--reference", inputs["reference"])
+    assert "maps of different scans have no difference: IG and LRP, " in caplog.text
+    assert len(pd.read_csv(tmp_path / "out" / "differences.csv")) == 7
+
+
+def test_a_mean_of_scaled_folds_has_no_errors(scans_path, inputs, caplog):
+    path = scans_path / "IG_map_all.nii.gz"
+    save(path, 2 * nib.load(path).get_fdata())
+    table = compare_scans(scans_path, inputs, "--reference", inputs["reference"])
+    assert "IG is not the mean of its scans' maps" in caplog.text
+    assert np.isnan(table.loc["IG", "dice_matched_se"]) and table.loc["LRP", "dice_matched_se"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "IG_subjects/3.nii.gz, a scan's map that"),
+        (np.ones((5, 6, 7)), "are not on one grid"),
+        (["--permutations", "0"], "--permutations: must be at least 1"),
+        (["--sign", "neg", "pos", "neg"], "--sign: a value is given twice"),
+        (["--fwhm", "8", "8.0"], "--fwhm: a value is given twice"),
+        (["--sign", "both"], "invalid choice: 'both'"),
+    ],
+)
+def test_scans_and_settings_at_fault(scans_path, inputs, tmp_path, refusal, change, message):
+    path = scans_path / "IG_subjects" / "3.nii.gz"
+    if change is None:
+        path.unlink()
+    elif not isinstance(change, list):
+        save(path, change)
+    more = change if isinstance(change, list) else []
+    argv = ["--maps", scans_path / "IG_map_all.nii.gz", "--reference", inputs["reference"], *more]
+    assert message in refusal(compare, [*argv, "--outpath", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()

@@ -142,6 +142,8 @@ def test_draws_are_shared_by_maps_of_the_same_scans():
     one, other = (significance.draws(each, [np.max], 0) for each in (scan_maps, double))
     assert one.shape == (significance.N_ERROR_DRAWS, 1) and one.std() > 0
     assert other == pytest.approx(2 * one)
+    errors = [significance.standard_errors(each)[0] for each in (one, other, other - one)]
+    assert errors == pytest.approx([errors[0], 2 * errors[0], errors[0]])
 
 
 def test_halves_and_folds():
@@ -242,8 +244,8 @@ def test_errors_are_those_over_fresh_cohorts(bias, is_contrast):
         values = [m.measured(m.weights(ones), [DICE, PRECISION])[0] for m in (one, other)]
         draws = [significance.draws(m, [DICE, PRECISION], seed) for m in (one, other)]
         found.append([*values[0], *(values[0] - values[1])])
-        of_pair = (draws[0] - draws[1]).std(axis=0, ddof=1)
-        errors.append([*draws[0].std(axis=0, ddof=1), *of_pair])
+        pairs = (draws[0], draws[0] - draws[1])
+        errors.append(np.concatenate([significance.standard_errors(each) for each in pairs]))
     found, errors = np.array(found), np.array(errors)
     ratio = errors[:, :2].mean(0) / found[:, :2].std(0, ddof=1)
     covered = (np.abs(found - found.mean(0)) <= 2 * errors)[:, 2:].mean(0)
