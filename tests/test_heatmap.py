@@ -209,6 +209,29 @@ def test_target(cohort_csv, run_path, tmp_path, target):
         assert row.logit == pytest.approx(float(logits[chosen]), rel=1e-4)
 
 
+def test_contrast(cohort_csv, run_path, tmp_path, caplog):
+    """Patients' mean map less controls', in each fold, then the mean over folds, with its record."""
+    explain(cohort_csv, run_path, tmp_path, "--target", "1", "--save-subjects")
+    table, folds = pd.read_csv(tmp_path / "GGC_predictions.csv"), []
+    for fold, rows in table.groupby("fold"):
+        groups = [
+            np.mean([load(tmp_path / name) for name in rows.loc[rows["label"] == label, "map"]], 0)
+            for label in (0, 1)
+        ]
+        folds.append(load(tmp_path / f"GGC_contrast_f{fold}.nii.gz"))
+        assert np.abs(folds[-1] - (groups[1] - groups[0])).max() <= 1e-6 * np.abs(folds[-1]).max()
+    found = load(tmp_path / "GGC_contrast_all.nii.gz")
+    assert np.abs(found - np.mean(folds, 0)).max() <= 1e-6 * np.abs(found).max() and found.any()
+    sidecar = json.loads((tmp_path / "GGC_contrast_all.json").read_text())
+    assert (sidecar["map"], sidecar["target"]) == ("contrast", "1")
+    assert (tmp_path / "GGC_contrast_all.png").is_file()
+
+
+def test_there_is_no_contrast_of_two_targets(maps_path):
+    assert not list(maps_path.glob("*contrast*"))
+    assert "LRP: no contrast of patients' and" in (maps_path / "heatmap.log").read_text()
+
+
 def test_all_subjects_without_splits_or_run_record(cohort_csv, run_path, tmp_path):
     """A folder that holds only checkpoints, as the published ones do: every scan by every fold."""
     folder = tmp_path / "checkpoints"

@@ -170,7 +170,7 @@ def test_average_precision_is_that_of_scikit_learn(digits):
 # Calibration: maps of scans through fixed networks, drawn as real ones vary
 
 GRID = (15, 17, 13)
-N_SIMULATIONS = 100
+N_SIMULATIONS = 1000
 FOLD_SUBJECTS = (18, 15, 12, 9, 6)  # a third of them patients, with one to three scans each
 GROUND = np.moveaxis(np.indices(GRID), 0, -1).reshape(-1, 3)
 TO_CENTRE = np.linalg.norm(GROUND - (np.array(GRID) - 1) / 2, axis=1)
@@ -216,7 +216,7 @@ def make_networks(seed: int) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", BIASES)
-def test_label_p_keeps_its_level(bias, record_property):
+def test_label_p_keeps_its_level(bias):
     """Labels have nothing to do with the maps, whatever shape these have: 5 % fall below 5 %."""
     rng, n_low = np.random.default_rng(1), 0
     networks = make_networks(2)
@@ -252,5 +252,6 @@ def test_errors_are_those_over_fresh_cohorts(bias, is_contrast):
     kind = "contrast" if is_contrast else "map"
     print(f"{kind}, {bias}: mean {found[:, :2].mean(0).round(2)}, error over sd "
           f"{ratio.round(2)}, differences covered {covered.round(3)}")  # fmt: skip
-    assert (ratio > 0.8).all() and (ratio < 1.25).all()
-    assert (covered >= 0.9).all() and (covered <= 0.98).all()
+    assert (ratio > 0.9).all() and (ratio < 1.25).all()
+    is_near_perfect = found[:, :2].mean(0) > 0.98
+    assert (covered >= np.where(is_near_perfect, 0.8, 0.9)).all()
