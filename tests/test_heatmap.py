@@ -210,7 +210,7 @@ def test_target(cohort_csv, run_path, tmp_path, target):
 
 
 def test_contrast(cohort_csv, run_path, tmp_path, caplog):
-    """Patients' mean map less controls', in each fold, then the mean over folds, with its record."""
+    """Patients' mean map less controls', in each fold, then the mean over folds; its record."""
     explain(cohort_csv, run_path, tmp_path, "--target", "1", "--save-subjects")
     table, folds = pd.read_csv(tmp_path / "GGC_predictions.csv"), []
     for fold, rows in table.groupby("fold"):
