@@ -5,12 +5,15 @@
 
 The unit is one forward pass (eval, no gradient). In each pair a forward pass, the plain way and
 ours run in turn in one process; figures are medians over the pairs. Peak memory is what one run
-adds to the idle process, measured in a fresh process each.
+adds to the idle process, measured in a fresh process each. Where zennit is installed, a row has its
+LRP in place of the plain way's. zennit gives neurons with one kind of input the weight 1 + β or −β
+where ours gives 1, so the maps differ where there are such neurons.
 """
 
 import argparse
 import statistics
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +30,29 @@ from benchmarks import measuring, plain
 TARGET = 1
 QUICK_STEPS, PAPER_STEPS = 10, 100
 BRIEF_STEPS = 3  # for the memory: what one step needs is given back before the next
-WORKS = ("LRP", "IG", "GGC", "first input gradient")
+BY_ZENNIT = "LRP, zennit as plain"
+WORKS = ("LRP", BY_ZENNIT, "IG", "GGC", "first input gradient")
+
+
+def zennit_lrp(model: nn.Module, volume: Tensor, target: int) -> Tensor:
+    """zennit's LRP by the rules of ours; its max-pooling is left to the gradient."""
+    # zennit's own module for torchvision's networks, unused here, would need torchvision
+    sys.modules.setdefault("zennit.torchvision", types.ModuleType("zennit.torchvision"))
+    from zennit.attribution import Gradient
+    from zennit.composites import LayerMapComposite
+    from zennit.rules import AlphaBeta, Pass
+
+    beta = attribution.BETA
+    rule = AlphaBeta(1 + beta, beta, zero_params="bias")
+    composite = LayerMapComposite(
+        [((nn.Conv3d, nn.Linear), rule), ((nn.BatchNorm3d, nn.ReLU, nn.Dropout), Pass())]
+    )
+
+    def start(logits: Tensor) -> Tensor:
+        return logits * (torch.arange(logits.shape[1], device=logits.device) == target)
+
+    with Gradient(model, composite, start) as gradient:
+        return gradient(volume.clone())[1]
 
 
 def both_ways(
@@ -43,10 +68,9 @@ def both_ways(
             lambda: one_channel_input_gradient(weight, outputs),
         )
     steps = (n_steps,) if work == "IG" else ()
-    return tuple(
-        lambda method=method: method(model, volume, TARGET, *steps)
-        for method in (plain.METHODS[work], attribution.METHODS[work])
-    )
+    name, plainly = ("LRP", zennit_lrp) if work == BY_ZENNIT else (work, plain.METHODS[work])
+    methods = plainly, attribution.METHODS[name]
+    return tuple(lambda method=method: method(model, volume, TARGET, *steps) for method in methods)
 
 
 def measure_peak(args: argparse.Namespace, work: str, way: int) -> float:
@@ -92,6 +116,8 @@ def main(args: argparse.Namespace) -> None:
     """Print the table."""
     print(f"{measuring.conditions(args)}, pairs: {args.pairs}, {args.clock} time, ", end="")
     print(f"steps of IG: {args.steps}\n")
+    if BY_ZENNIT in args.only and not measuring.is_installed("zennit"):
+        args.only = [work for work in args.only if work != BY_ZENNIT]
     measuring.print_table(
         ["in forward passes", "one, s", "plain", "ours", "ratio", "ours, s", "peak GiB, plain",
          "peak GiB, ours", "largest difference / maximum", "1 − r"],

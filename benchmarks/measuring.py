@@ -1,6 +1,7 @@
 """What the benchmarks share: their options, a network and a volume, time, peak memory, a table."""
 
 import argparse
+import importlib.util
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -133,6 +134,14 @@ def in_fresh_process(function: Callable, *arguments):
     """Call a function in a process of its own and return what it returns."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def is_installed(package: str) -> bool:
+    """Return whether an optional peer is there to be measured; say so where it is not."""
+    is_there = importlib.util.find_spec(package) is not None
+    if not is_there:
+        print(f"{package} is not installed: no row of it\n")
+    return is_there
 
 
 def conditions(args: argparse.Namespace) -> str:

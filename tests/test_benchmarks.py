@@ -1,5 +1,6 @@
 """The benchmarks run, and print what they promise; what they find is not judged here."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +16,29 @@ CASES = {  # options, and columns of the last table
 }
 
 
-def last_row(script: str, *options: str) -> list[str]:
-    """Run a benchmark in a process of its own; return the cells of its last row."""
-    command = [sys.executable, f"benchmarks/{script}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+BY_ZENNIT = "LRP, zennit as plain"
+
+
+def output_of(*command: str) -> str:
+    """Run Python in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return done.stdout
+
+
+def last_row(script: str, *options: str) -> list[str]:
+    """Run a benchmark; return the cells of its last row."""
+    output = output_of(f"benchmarks/{script}", *options)
+    rows = [line for line in output.splitlines() if line.startswith("| ")]
     return [cell.strip() for cell in rows[-1].strip("|").split("|")]
 
 
 @pytest.mark.slow
 def test_scaling_has_help():
     """It would take minutes at any size."""
-    command = [sys.executable, "benchmarks/scaling.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "--full" in done.stdout
+    assert "--full" in output_of("benchmarks/scaling.py", "--help")
 
 
 @pytest.mark.slow
@@ -43,3 +51,25 @@ def test_a_benchmark_prints_its_table(script):
     if script == "attribution.py":
         largest, one_minus_r = map(float, numbers[-2:])
         assert name == "IG" and largest < 1e-3 and one_minus_r < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("package", "row", "script", "options"),
+    [
+        ("zennit", "| LRP", "attribution.py", (*TINY, "--only", BY_ZENNIT)),
+        ("monai", "| MONAI", "loading.py", CASES["loading.py"][0]),
+    ],
+)
+def test_a_missing_peer_is_said(package, row, script, options):
+    hidden = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[0] = ''"
+    run = f"runpy.run_path('benchmarks/{script}', run_name='__main__')"
+    output = output_of("-c", f"{hidden}; {run}", *options)
+    assert f"{package} is not installed: no row of it" in output
+    assert row not in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("zennit"), reason="zennit is not installed")
+def test_lrp_is_that_of_zennit():
+    name, *_, largest, one_minus_r = last_row("attribution.py", *TINY, "--only", BY_ZENNIT)
+    assert name == BY_ZENNIT and float(largest) < 1e-5 and float(one_minus_r) < 1e-9
