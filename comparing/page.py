@@ -153,21 +153,22 @@ def correlations(values: dict[str, np.ndarray]) -> pd.DataFrame:
     with np.errstate(invalid="ignore"):  # a map that is 0 everywhere has none
         found = np.atleast_2d(np.corrcoef(list(values.values())))
     table = pd.DataFrame(found, columns=list(values))
-    table.insert(0, "map", list(values))
+    table.insert(0, "map", list(values), allow_duplicates=True)  # a map may be called map
     return table
 
 
 def stability_html(table: pd.DataFrame, of_maps: pd.DataFrame) -> str:
     """Return how stable each map is, and how it correlates with every other."""
+    names = of_maps.iloc[:, 0]
     first = table.drop_duplicates("map").set_index("map")
     rows = [
         [name, *(number_text(first.at[name, r]) for r in ("fold_r", "half_r") if r in first),
          *(f"{value:.2f}" for value in row)]
-        for name, row in zip(of_maps["map"], of_maps.drop(columns="map").to_numpy(), strict=True)
+        for name, row in zip(names, of_maps.iloc[:, 1:].to_numpy(), strict=True)
     ]  # fmt: skip
     heads = {"fold_r": "r of folds", "half_r": "r of halves"}
     heads = [head for name, head in heads.items() if name in first]
-    return table_html(["map", *heads, *(f"r with {name}" for name in of_maps["map"])], rows)
+    return table_html(["map", *heads, *(f"r with {name}" for name in names)], rows)
 
 
 def differences_html(differences: pd.DataFrame) -> str:

@@ -275,6 +275,15 @@ def test_without_a_reference(scans_path, inputs, tmp_path):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+@pytest.mark.parametrize("name", ["map", "fold_r", "sign", "0"])
+def test_a_map_of_any_name(inputs, tmp_path, name):
+    """Names of maps are heads of columns in correlations.csv."""
+    path = save(tmp_path / f"{name}.nii.gz", blob())
+    run("--maps", path, inputs["map"], "--reference", inputs["reference"], outpath=tmp_path / "out")
+    heads = (tmp_path / "out" / "correlations.csv").read_text().splitlines()[0]
+    assert heads == f"map,{name},IG"
+
+
 def test_other_scans_make_no_pair(scans_path, inputs, tmp_path, caplog):
     path = scans_path / "LRP_predictions.csv"
     table = pd.read_csv(path)
