@@ -30,158 +30,25 @@ run_differences.csv.
 import argparse
 import shlex
 import sys
-import tempfile
-from itertools import combinations
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
 
 import utils
-from comparing import overlap, page, significance
-from comparing import space as spaces
+from comparing import measures, overlap, page
+from comparing.measures import Settings
 from comparing.runs import Run, differences, load_runs, runs_table
-from comparing.significance import ScanMaps
 from comparing.space import Map, Space, load_atlas, load_maps, load_space
-from loading.image import read_image
 from reporting import metrics, pictures
 from run_folder import files
 from run_folder.processes import run_script
 from utils import log
 
-NO_CONTROL = (
-    "%s: its label_p says that the groups' maps differ there, not that the networks learned it: "
-    "that of untrained networks is to stand beside it (heatmap.py --randomize --save-subjects)"
-)
-MEASURES = ("dice_matched", "dice_max", "roc_auc", "average_precision", "mass")
-WITH_ERRORS = {"dice_matched": overlap.dice_matched, "average_precision": overlap.average_precision}
 SHOWN = (
     "map", "sign", "fwhm", "dice_matched", "dice_matched_se", "average_precision",
     "average_precision_se", "roc_auc", "label_p", "label_p_untrained", "shift_p", "fold_r",
     "half_r", "outside",
 )  # fmt: skip
-
-
-def smoothed(img: nib.Nifti1Image, fwhm_mm: float) -> np.ndarray:
-    """Return a map's data, (D, H, W), signed, smoothed with a Gaussian of this width."""
-    if fwhm_mm:
-        from nilearn import image
-
-        img = image.smooth_img(img, fwhm_mm)
-    return img.get_fdata(dtype=np.float32)
-
-
-def measure(args: argparse.Namespace, name: str, each: Map, space: Space) -> list[dict]:
-    """Return a map's rows of comparison.csv, one a setting; the first also has its Dice curve."""
-    rows, mask_data, inside = [], space.mask_data, space.inside
-    for fwhm_mm in args.fwhm:
-        signed_data = smoothed(each.img, fwhm_mm)
-        of_folds = [smoothed(img, fwhm_mm)[mask_data] for img in each.fold_imgs]
-        for sign in args.sign:
-            data = overlap.SIGNS[sign](signed_data)
-            total = np.abs(data).sum(dtype=np.float64)
-            beyond = np.abs(data[~mask_data]).sum(dtype=np.float64)
-            row = {"map": name, "sign": sign, "fwhm": fwhm_mm, "n_mask": int(mask_data.sum()),
-                   "n_folds": len(of_folds), "fold_r": significance.fold_r(np.array(of_folds)),
-                   "outside": beyond / total if total else np.nan}  # fmt: skip
-            if inside is not None:
-                row |= {"n_reference": int(inside.sum()), "p": inside.mean()}
-                row |= overlap.overlap(data[mask_data], inside)
-                found = [overlap.overlap(overlap.SIGNS[sign](v), inside) for v in of_folds]
-                table = pd.DataFrame(found, columns=MEASURES, dtype=float)
-                row |= {f"{m}_folds_mean": table[m].mean() for m in MEASURES}
-                row |= {f"{m}_folds_sd": table[m].std() for m in MEASURES}
-            if inside is not None and not rows:
-                row["shift_p"], row["shift_mean"] = overlap.shift_null(
-                    data, mask_data, space.reference_data, args.seed, args.permutations
-                )
-                row["curve"] = overlap.dice_curve(data[mask_data], inside)[0]
-            if row.get("degenerate"):
-                log.warning("%s: fewer non-zero voxels than the reference has", name)
-            rows.append(row)
-    return rows
-
-
-def judge(
-    args: argparse.Namespace, name: str, each: Map, space: Space
-) -> tuple[dict, np.ndarray | None]:
-    """Say how sure a map's first row is, from its scans' maps; also return its measures' draws.
-
-    Scans are smoothed once, into a file that is removed at the end.
-    """
-    if each.scans is None:
-        return {}, None
-    n_values = (len(each.scans), int(space.mask_data.sum()))
-    gb = 4e-9 * n_values[0] * n_values[1]
-    log.info("%s: maps of %d scans, %.3g GB in --outpath meanwhile", name, n_values[0], gb)
-    files.check_room({"maps of scans": (gb, args.outpath)})
-    with tempfile.TemporaryDirectory(dir=args.outpath, prefix=files.TEMPORARY_PREFIX) as folder:
-        values = np.memmap(Path(folder) / "scans", np.float32, "w+", shape=n_values)
-        for row, path in enumerate(utils.progress(each.scans["map"], f"smoothing {name}")):
-            values[row] = smoothed(read_image(path, "map"), args.fwhm[0])[space.mask_data]
-        scan_maps = ScanMaps(values, each.scans, each.is_contrast)
-        if not significance.is_mean_of(
-            scan_maps, smoothed(each.img, args.fwhm[0])[space.mask_data]
-        ):
-            log.warning("%s is not the mean of its scans' maps (--mean equal?): no errors", name)
-            return {}, None
-        return judge_scans(args, name, scan_maps, space.inside)
-
-
-def judge_scans(
-    args: argparse.Namespace, name: str, scan_maps: ScanMaps, inside: np.ndarray | None
-) -> tuple[dict, np.ndarray | None]:
-    """Return standard errors, the p of exchanged labels and the halves' correlation, and draws."""
-    found = {"n_scans": len(scan_maps.table), "half_r": significance.half_r(scan_maps, args.seed)}
-    if inside is None:
-        return found, None
-    evidence = overlap.SIGNS[args.sign[0]]
-    measures = [lambda v, f=f: f(evidence(v), inside) for f in WITH_ERRORS.values()]
-    draws = significance.draws(scan_maps, measures, args.seed)
-    errors = significance.standard_errors(draws)
-    found |= {f"{m}_se": error for m, error in zip(WITH_ERRORS, errors, strict=True)}
-    if scan_maps.is_contrast:
-        found["label_p"], n_fixed = significance.label_p(
-            scan_maps, measures[0], args.permutations, args.seed
-        )
-        if n_fixed:
-            log.warning("%s: %d subjects keep their labels in all exchanges", name, n_fixed)
-    return found, draws
-
-
-def add_controls(table: pd.DataFrame, maps: dict[str, Map]) -> None:
-    """Put beside a contrast's label_p that of the untrained networks, in label_p_untrained."""
-    label_p = table["label_p"].dropna().set_axis(table.loc[table["label_p"].notna(), "map"])
-    for name, each in maps.items():
-        path = spaces.control_path(each.path)
-        control = next((k for k, m in maps.items() if m.path == path and m is not each), "")
-        if name in label_p and control in label_p:
-            is_first = (table["map"] == name) & table["label_p"].notna()
-            table.loc[is_first, "label_p_untrained"] = label_p[control]
-        elif name in label_p and "_random_" not in each.path.name:
-            log.warning(NO_CONTROL, name)
-
-
-def differences_of_maps(
-    table: pd.DataFrame, maps: dict[str, Map], draws: dict[str, np.ndarray]
-) -> pd.DataFrame:
-    """Return, for each pair of maps of the same scans, differences with their standard errors."""
-    of_map, rows, unpaired = table.drop_duplicates("map").set_index("map"), [], []
-    for one, other in combinations(draws, 2):
-        scans = [maps[name].scans.drop(columns="map") for name in (one, other)]
-        if not scans[0].equals(scans[1]):
-            unpaired.append(f"{one} and {other}")
-            continue
-        errors = significance.standard_errors(draws[one] - draws[other])
-        row = {"map": one, "other": other, "n_scans": len(scans[0])}
-        for name, error in zip(WITH_ERRORS, errors, strict=True):
-            difference = of_map.loc[one, name] - of_map.loc[other, name]
-            row |= {f"{name}_difference": difference, f"{name}_difference_se": error}
-        rows.append(row)
-    if unpaired:
-        log.info("maps of different scans have no difference: %s", utils.some_of(unpaired))
-    return pd.DataFrame(rows)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -231,6 +98,8 @@ def main(args: argparse.Namespace) -> None:
         maps = load_maps(args.maps)
         space = load_space(maps, args.reference, args.reference_threshold, args.mask)
         atlas = load_atlas(args.atlas, args.atlas_labels, space) if args.atlas else None
+        scratch = (measures.scratch_gb(maps, space), args.outpath)
+        files.check_room({"smoothed maps of scans": scratch})
         page.completeness_errors(maps)  # a damaged sidecar is refused before anything is written
     files.make_outpath(args.outpath)
     utils.start_log(args.outpath / "compare.log")
@@ -261,33 +130,27 @@ def compare_maps(
 ) -> None:  # fmt: skip
     """Measure every map in every setting, write the tables and draw the page."""
     log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
-    rows, curves, draws, values, regions = [], {}, {}, {}, []
+    settings = Settings(args.sign, args.fwhm, args.permutations, args.seed)
+    found, regions = {}, []
     with utils.log_above_bars():
         for name, each in utils.progress(maps.items(), "maps"):
-            first, *others = measure(args, name, each, space)
-            curves[name] = first.pop("curve", None)
-            judged, of_draws = judge(args, name, each, space)
-            if of_draws is not None:
-                draws[name] = of_draws
-            rows += [first | judged, *others]
-            values[name] = smoothed(each.img, args.fwhm[0])[space.mask_data]
+            found[name] = measures.measure(name, each, space, settings, args.outpath)
             if atlas is not None:
-                evidence = overlap.SIGNS[args.sign[0]](values[name])
+                evidence = overlap.SIGNS[args.sign[0]](found[name].values)
                 regions += [{"map": name} | row for row in overlap.region_table(evidence, *atlas)]
-    table = pd.DataFrame(rows)
-    if "label_p" in table:
-        add_controls(table, maps)
+    measures.add_controls(maps, found)
+    table = pd.DataFrame([row for each in found.values() for row in each.rows])
     tables = {
         "comparison": table,
-        "correlations": page.correlations(values),
-        "differences": differences_of_maps(table, maps, draws),
+        "correlations": measures.correlations(found),
+        "differences": measures.differences_of_maps(maps, found),
         "regions": pd.DataFrame(regions),
     }
     for name, each in tables.items():
         if len(each):
             files.write_csv(args.outpath / f"{name}.csv", each)
     if space.inside is not None:
-        p = space.inside.mean()
+        curves, p = {name: each.curve for name, each in found.items()}, space.inside.mean()
         pictures.plot_curves(args.outpath / "dice_curves.png", overlap.TOP_FRACTIONS, curves, p)
         pictures.plot_settings(args.outpath / "settings.png", table)
     facts = {

@@ -32,7 +32,7 @@ import dataset
 import models
 import utils
 from loading import image
-from reporting import maps, metrics, pictures
+from reporting import maps, mean_maps, metrics, pictures
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
 from run_folder import checkpoints, files, folds, trained_run
 from run_folder import device as devices
@@ -45,7 +45,6 @@ NO_CONTRAST = (
     "%s: no contrast of patients' and controls' maps, which explain different logits with --target "
     "%s; --target 1 gives it"
 )
-MAX_SHARE = 0.5  # of the power of all folds' maps, by one fold
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
 ONE_CLASS = ("0", "1")  # targets that explain one class for everybody
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
@@ -238,19 +237,11 @@ def assemble(
     """Write what a method found over all folds; return the files."""
     stem, n_folds = stem_of(args, method), run.record["n_folds"]
     with locked(args.outpath, "mean_scan", wait=True):
-        table, shares, written = maps.assemble(
+        table, shares, written = mean_maps.assemble(
             args.outpath, stem, n_folds, cohort.like_img, args.by_outcome, args.mean == "equal"
         )
     verdict = None if args.randomize else verdict  # it is about trained networks
-    median = float(table["completeness_error"].median())
-    error = None if np.isnan(median) else median
-    parts = set(table["part"].fillna(""))
-    n_zero = (table["map_sum"] == 0).groupby(table["fold"]).sum()
-    warn_of(method, n_zero, shares, parts)
-    if error is not None:
-        is_large = method == "IG" and error > maps.IG_TOLERANCE
-        say, advice = (log.warning, "; more --steps lower it") if is_large else (log.info, "")
-        say("%s: median completeness error %.2g%s", method, error, advice)
+    found = mean_maps.describe(method, table, shares)
     checkpoints_sha256 = dict(run.record["modelpath_sha256"])
     checkpoints_sha256.pop("splits.csv", None)
     sidecar = {
@@ -259,27 +250,19 @@ def assemble(
         "parameters": parameters_of(args, method),
         "target": args.target,
         "subjects": args.subjects,
-        "held_out": None if "" in parts else parts == {"test"},
         "model": args.model,
         "seed": args.seed,
         "mean": args.mean,
-        "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
-        "zero_maps_per_fold": {str(fold): int(n) for fold, n in n_zero.items()},
-        "power_share_per_fold": {str(fold): round(share, 4) for fold, share in shares.items()},
         "background": maps.MEAN_SCAN,
         "orientation": image.orientation_of(cohort.like_img),
-        "median_completeness_error": error,
         "verdict": verdict.sentence if verdict else None,
         "verdict_short": verdict.short if verdict else None,
         "checkpoints_sha256": checkpoints_sha256,
         "versions": utils.versions(),
+        **found,
     }
-    n_labels = table.groupby("fold")["label"].nunique()
     if args.target not in ONE_CLASS:
         log.info(NO_CONTRAST, method, args.target)
-    elif (n_labels < 2).any():
-        of_one_label = utils.named("fold", n_labels.index[n_labels < 2])
-        log.warning("%s: the contrast leaves out %s, of one label only", method, of_one_label)
     for kind in maps.KINDS:
         map_stem = args.outpath / f"{stem}_{kind}_all"
         if map_stem.with_suffix(".nii.gz") not in written:
@@ -287,26 +270,11 @@ def assemble(
         files.write_json(map_stem.with_suffix(".json"), sidecar | {"map": kind})
         title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
         title += ", patients less controls" * (kind == "contrast")
-        title += ", not all scans held out" * bool(parts & {"train", "val"})
+        title += ", not all scans held out" * (found["held_out"] is False)
         title += f" · {verdict.short}" if verdict else ""
         drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
         written += [map_stem.with_suffix(".json"), *drawn]
     return written
-
-
-def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set[str]) -> None:
-    """Say what a reader of a mean map must know of the maps that went into it."""
-    if n_zero.any():
-        named = ", ".join(f"{n} of fold {fold}" for fold, n in n_zero[n_zero > 0].items())
-        log.warning("%s: maps of scans that are 0 everywhere count in the mean: %s", method, named)
-    for fold, share in shares.items():
-        if share > max(MAX_SHARE, 2 / len(shares)) or share == 0:
-            log.warning(
-                "%s: fold %d has %.0f %% of the power of all folds' maps: the mean is the map of "
-                "the folds with the largest logits; see --mean equal", method, fold, 100 * share,
-            )  # fmt: skip
-    if parts & {"train", "val"}:
-        log.warning("%s: not all explained scans were held out; see the column part", method)
 
 
 def dry_run(

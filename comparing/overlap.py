@@ -68,6 +68,12 @@ def mass(values: np.ndarray, inside: np.ndarray) -> float:
     return float(positive[inside].sum(dtype=np.float64) / total) if total > 0 else np.nan
 
 
+def outside(data: np.ndarray, mask_data: np.ndarray) -> float:
+    """Return the share of the magnitudes of a map, (D, H, W), outside the mask; NaN of zeros."""
+    total = np.abs(data).sum(dtype=np.float64)
+    return float(np.abs(data[~mask_data]).sum(dtype=np.float64) / total) if total else np.nan
+
+
 def overlap(values: np.ndarray, inside: np.ndarray) -> dict:
     """Return every measure of overlap of a map and a reference, neither all of M nor none."""
     from sklearn.metrics import roc_auc_score

@@ -148,15 +148,6 @@ def overlap_html(table: pd.DataFrame) -> str:
     return table_html(["map", *(OVERLAP_HEADS[name] for name in columns)], rows, "with-chance")
 
 
-def correlations(values: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Return Pearson's correlation of each two maps, given by their voxels in the mask."""
-    with np.errstate(invalid="ignore"):  # a map that is 0 everywhere has none
-        found = np.atleast_2d(np.corrcoef(list(values.values())))
-    table = pd.DataFrame(found, columns=list(values))
-    table.insert(0, "map", list(values), allow_duplicates=True)  # a map may be called map
-    return table
-
-
 def stability_html(table: pd.DataFrame, of_maps: pd.DataFrame) -> str:
     """Return how stable each map is, and how it correlates with every other."""
     names = of_maps.iloc[:, 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reporting import metrics
+from reporting import bootstrap, metrics
 from run_folder import files
 from utils import InputError, printable
 
@@ -104,8 +104,8 @@ def differences(runs: list[Run], seed: int) -> pd.DataFrame:
         table = tables[index]
         if (index, are_same_folds, owner) not in drawn:
             strata = table if are_same_folds else table.assign(fold=0)
-            unit, stratum = metrics.units_and_strata(strata, tables[owner].get("subject"))
-            weights = metrics.bootstrap_weights(unit, stratum, seed)
+            unit, stratum = bootstrap.units_and_strata(strata, tables[owner].get("subject"))
+            weights = bootstrap.draws(unit, stratum, seed)
             auc = [metrics.fold_means(table, each)["roc_auc"] for each in weights]
             drawn[index, are_same_folds, owner] = np.concatenate(auc)
         return drawn[index, are_same_folds, owner]

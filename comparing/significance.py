@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from reporting import metrics
+from reporting import bootstrap
 from utils import derived_seed
 
 N_ERROR_DRAWS = 200
@@ -44,9 +44,9 @@ class ScanMaps:
     is_contrast: bool
 
     @property
-    def unit(self) -> np.ndarray:
-        """What is drawn together with each scan: its subject, or itself, in all folds."""
-        return self.table.get("subject", self.table["path"]).to_numpy()
+    def unit(self) -> pd.Series:
+        """What is drawn together with each scan, see `unit_of`."""
+        return unit_of(self.table)
 
     def weights(self, counts: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
         """Return what each scan weighs in each draw's mean map, (draws, n_scans).
@@ -93,6 +93,11 @@ class ScanMaps:
         return np.array(found)
 
 
+def unit_of(table: pd.DataFrame) -> pd.Series:
+    """Return what is drawn together with each scan: its subject, or itself, in all folds."""
+    return table.get("subject", table["path"])
+
+
 def is_mean_of(scan_maps: ScanMaps, values: np.ndarray) -> bool:
     """Tell whether a map, (n_voxels,), is the mean of these scans' maps; not with --mean equal."""
     deviation = np.abs(scan_maps.mean() - values).max()
@@ -108,10 +113,9 @@ def draws(scan_maps: ScanMaps, measures: list[Measure], seed: int) -> np.ndarray
     drawn scans, and `standard_errors` are scaled up: the numerical delta method (Hong and Li, J.
     Econometrics 206:379, 2018). Percentiles of the draws are no confidence interval.
     """
-    table, unit = scan_maps.table, scan_maps.unit
-    drawn_with = metrics.units_and_strata(table, pd.Series(unit))
-    drawn = metrics.bootstrap_weights(*drawn_with, seed, N_ERROR_DRAWS, is_rescaled=True)
-    own = scan_maps.weights(np.ones((1, len(table))))
+    drawn_with = bootstrap.units_and_strata(scan_maps.table, scan_maps.unit)
+    drawn = bootstrap.draws(*drawn_with, seed, N_ERROR_DRAWS, is_rescaled=True)
+    own = scan_maps.weights(np.ones((1, len(scan_maps.table))))
     weights = own + PERTURBATION * (scan_maps.weights(np.concatenate(list(drawn))) - own)
     return scan_maps.measured(weights, measures)
 
@@ -127,7 +131,7 @@ def label_vectors(table: pd.DataFrame, n_draws: int, seed: int) -> tuple[np.ndar
     Whole label vectors change places between subjects of one fold that have equally many scans;
     subjects with both labels stay, and so do those that find none to change with.
     """
-    unit = pd.factorize(table.get("subject", table["path"]))[0]
+    unit = pd.factorize(unit_of(table))[0]
     by_unit = table.groupby(unit)
     label = by_unit["label"].mean()
     is_mixed = ~label.isin([0, 1])
@@ -155,7 +159,7 @@ def label_p(scan_maps: ScanMaps, measure: Measure, n_draws: int, seed: int) -> t
     where the groups' scans differ.
     """
     labels, n_fixed = label_vectors(scan_maps.table, n_draws, seed)
-    if n_fixed == len(np.unique(scan_maps.unit)):
+    if n_fixed == scan_maps.unit.nunique():
         return np.nan, n_fixed
     ones = np.ones((1, len(scan_maps.table)))
     observed = scan_maps.measured(scan_maps.weights(ones), [measure])[0, 0]
@@ -170,20 +174,19 @@ def half_r(scan_maps: ScanMaps, seed: int) -> float:
     NaN where a fold (for a contrast, a label of it) has but one subject. The networks are fixed, so
     that it tells how much a mean depends on whose scans were explained.
     """
-    table, unit = scan_maps.table, pd.factorize(scan_maps.unit)[0]
+    table = scan_maps.table
     stratum = table["fold"].to_numpy() * 2 + table["label"].to_numpy() * scan_maps.is_contrast
-    first_row = np.unique(unit, return_index=True)[1]
-    strata = [np.flatnonzero(stratum[first_row] == value) for value in np.unique(stratum)]
+    strata, unit = bootstrap.by_stratum(scan_maps.unit.to_numpy(), stratum)
     if min(map(len, strata)) < 2:
         return np.nan
     rng = np.random.default_rng(derived_seed(seed, purpose="halves"))
     found = []
     for _ in range(N_HALVES):
-        is_first = np.zeros(len(first_row), dtype=bool)
+        is_first = np.zeros(unit.max() + 1, dtype=bool)
         for units in strata:
             is_first[rng.permutation(units)[: len(units) // 2]] = True
         counts = np.stack([is_first[unit], ~is_first[unit]]).astype(float)
-        found.append(np.corrcoef(scan_maps.maps(scan_maps.weights(counts)))[0, 1])
+        found.append(correlations(scan_maps.maps(scan_maps.weights(counts)))[0, 1])
     return float(np.mean(found))
 
 
@@ -191,6 +194,10 @@ def fold_r(of_folds: np.ndarray) -> float:
     """Return the mean correlation of pairs of the folds' maps, (n_folds, n_voxels); NaN of one."""
     if len(of_folds) < 2:
         return np.nan
+    return float(correlations(of_folds)[np.triu_indices(len(of_folds), 1)].mean())
+
+
+def correlations(maps: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation of each two maps, (n_maps, n_maps), from (n_maps, n_voxels)."""
     with np.errstate(invalid="ignore"):  # a map that is 0 everywhere correlates with nothing
-        correlations = np.corrcoef(of_folds)
-    return float(correlations[np.triu_indices(len(of_folds), 1)].mean())
+        return np.atleast_2d(np.corrcoef(maps))

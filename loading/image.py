@@ -1,40 +1,23 @@
 """The one reader and the one writer of volumes: headers, damage, voxels, scaling to [0, 1]."""
 
 import functools
-import gzip
 import math
-import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
-from nibabel.arrayproxy import ArrayProxy
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
+from loading import damage
 from run_folder import files
 from utils import InputError, RunError, log
 
 PROBE_STOPS = (1 / 8, 1 / 4, 1 / 2, 1)  # how far into a scan the search for contrast reads
-DEFLATE_RATIO = 1032  # at most: 258 bytes out of 2 bits
-MAX_RATIOS = {".gz": DEFLATE_RATIO, ".mgz": DEFLATE_RATIO, ".bz2": math.inf}
-CHUNK_BYTES = 2**20
 SAMPLED_VOXELS = 50_000
 MAX_FILLED = 0.1  # of the voxels, by one value
 MAX_DISPLACEMENT_VOX = 0.01  # of a volume's corners, in what counts as one space
 COMPRESSION = 1  # of ISA-L, 0 to 3: an order of magnitude faster than zlib's lowest
-GZIP = b"\x1f\x8b"
-SIGNATURES = {  # how files begin that are often found under a scan's name
-    b"version https://git-lfs": "it is a Git LFS pointer, and `git lfs pull` fetches the scan",
-    b"PK\x03\x04": "it is a zip archive, to be unpacked",
-    b"BZh": "it is bzip2-compressed: its name should end in .bz2",
-    b"<": "it is a web page or XML, such as a download that failed",
-    bytes(128) + b"DICM": "it is DICOM, to be converted, such as by dcm2niix",
-}
 MAX_QUATERNION_EXCESS = 1e-4  # of its squared length over 1: more is damage, not rounding
 for header_class in (nib.Nifti1Header, nib.Nifti2Header):  # and their kinds for pairs
     header_class.quaternion_threshold = -MAX_QUATERNION_EXCESS
@@ -49,51 +32,9 @@ ORIENTATION_FIELDS = (
 )  # fmt: skip
 
 
-@contextmanager
-def _damage_named(path: str | Path) -> Iterator[None]:
-    """Turn what nibabel raises on a damaged file into an InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # each of nibabel's formats has errors of its own
-        reason = _disguise(Path(path)) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a readable image, or damaged: {reason}") from None
-
-
-def _disguise(path: Path) -> str:
-    """Return what a file holds that its name does not say, "" where nothing is known of it."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(max(348, *map(len, SIGNATURES)))
-    except OSError:
-        return ""
-    is_packed = path.suffix.lower() in MAX_RATIOS
-    if head.startswith(b"BZh") and path.suffix.lower() == ".bz2":
-        return ""
-    if head.startswith(GZIP):
-        if not is_packed:
-            return "it is gzip-compressed: its name should end in .gz"
-        return "bytes after its gzip content are none of it" if _has_tail(path) else ""
-    if is_packed and head[344:347] in (b"n+1", b"ni1"):
-        return f"it is not compressed: its name should not end in {path.suffix}"
-    return next((what for start, what in SIGNATURES.items() if head.startswith(start)), "")
-
-
-def _has_tail(path: Path) -> bool:
-    """Tell whether a gzip file ends in bytes that are neither gzip nor 0."""
-    try:
-        with gzip.open(path, "rb") as stream:
-            while stream.read(CHUNK_BYTES):
-                pass
-    except (OSError, EOFError, zlib.error) as error:
-        return str(error).startswith("Not a gzipped file")
-    return False
-
-
 def open_image(path: str | Path) -> SpatialImage:
     """Open a 3D image, unread; an InputError if it is damaged or claims more than it holds."""
-    with _damage_named(path):
+    with damage.named(path):
         img = nib.load(path)
         if not isinstance(img, SpatialImage):
             raise InputError(f"{path} is not a volume but a {type(img).__name__}")
@@ -107,7 +48,7 @@ def open_image(path: str | Path) -> SpatialImage:
         if isinstance(img, nib.Nifti1Image) and img.dataobj.offset < img.header.single_vox_offset:
             place = f"vox_offset {img.dataobj.offset}"
             raise InputError(f"{path} is damaged: its voxels begin inside its header ({place})")
-        if _is_truncated(img, path):
+        if damage.is_truncated(img, path):
             raise InputError(
                 f"{path} is truncated or damaged: it holds fewer voxels than its header says"
             )
@@ -117,7 +58,7 @@ def open_image(path: str | Path) -> SpatialImage:
 def open_scan(path: str | Path) -> SpatialImage:
     """Open a scan as `open_image` does; an InputError also if all its voxels are equal."""
     img = open_image(path)
-    with _damage_named(path):
+    with damage.named(path):
         if not _has_contrast(img):
             raise InputError(f"{path} has no contrast: all its voxels have the same value")
     return img
@@ -162,34 +103,6 @@ def volume_shape(img: SpatialImage) -> tuple[int, ...]:
     return shape
 
 
-def _is_truncated(img: SpatialImage, path: str | Path) -> bool:
-    """Tell whether a file holds fewer bytes than its header says; only that much is ever read."""
-    proxy = img.dataobj
-    path = Path(img.file_map["image"].filename or path)
-    suffix = path.suffix.lower()
-    capacity = path.stat().st_size * MAX_RATIOS.get(suffix, 1)
-    n_bytes = math.prod(map(int, proxy.shape)) * img.get_data_dtype().itemsize
-    if not isinstance(proxy, ArrayProxy):  # MINC, PAR/REC: only a full read can tell
-        is_possible = n_bytes <= capacity * DEFLATE_RATIO
-        if is_possible:
-            np.asanyarray(proxy)
-        return not is_possible
-    n_bytes += int(proxy.offset)
-    if n_bytes > capacity or suffix not in MAX_RATIOS:
-        return n_bytes > capacity
-    with path.open("rb") as compressed:
-        compressed.seek(-4, os.SEEK_END)
-        n_bytes_at_end = int.from_bytes(compressed.read(4), "little")  # RFC 1952: size mod 2³²
-    if suffix != ".bz2" and n_bytes_at_end == n_bytes % 2**32:
-        return False
-    with ImageOpener(path) as opened:  # several gzip members, bytes after the end, bzip2
-        opened.seek(n_bytes - 1)
-        is_truncated = not opened.read(1)
-    if not is_truncated and suffix != ".bz2" and _has_tail(path):
-        raise OSError("")  # `_disguise` says what is wrong
-    return is_truncated
-
-
 def _has_contrast(img: SpatialImage) -> bool:
     """Tell whether two voxels differ, reading from the start only as far as needed."""
     for fraction in PROBE_STOPS:
@@ -211,7 +124,7 @@ def read_data(path: str | Path, dtype: type = np.float32) -> np.ndarray:
     A single-file NIfTI is inflated by ISA-L, 1.4 to 1.7 times as fast as by zlib, and its checksum
     compared; every other format is left to nibabel.
     """
-    with _damage_named(path):
+    with damage.named(path):
         img, suffix = nib.load(path), Path(path).suffix.lower()
         if type(img) in (nib.Nifti1Image, nib.Nifti2Image) and suffix != ".bz2":
             n_bytes = int(img.dataobj.offset) + math.prod(img.shape) * img.get_data_dtype().itemsize
@@ -219,7 +132,7 @@ def read_data(path: str | Path, dtype: type = np.float32) -> np.ndarray:
             is_gzip = suffix == ".gz"
             with (igzip.open if is_gzip else open)(path, "rb") as stream:
                 content = stream.read(n_bytes)
-                while is_gzip and stream.read(CHUNK_BYTES):
+                while is_gzip and stream.read(damage.CHUNK_BYTES):
                     pass  # the checksum is compared at the end
             if len(content) < n_bytes:
                 raise EOFError("it ends too early")

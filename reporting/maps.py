@@ -1,7 +1,6 @@
-"""Maps of many scans: running means, a fold's files, and the mean over folds."""
+"""Maps of many scans: running means, and a fold's files."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,68 +182,3 @@ def read_map(path: Path, volume_shape: tuple[int, int, int]) -> np.ndarray:
     except InputError as error:
         problem = str(error)
     raise InputError(f"{problem}; start anew with --overwrite")
-
-
-def write_mean(path: Path, parts: Iterable[tuple[Path, int]], like_img: SpatialImage) -> None:
-    """Write the weighted mean of maps, each given as (path, weight)."""
-    mean = RunningMean()
-    for part_path, n in parts:
-        mean.add(read_map(part_path, image.volume_shape(like_img)), n)
-    image.write_image(path, mean.mean(), like_img)
-
-
-def power(data: np.ndarray, mask_data: np.ndarray) -> float:
-    """Return the sum of squares of a map inside a mask."""
-    return float(np.square(data[mask_data], dtype=np.float64).sum())
-
-
-def assemble(
-    outpath: Path, stem: str, n_folds: int, like_img: SpatialImage, by_outcome: bool, equal: bool
-) -> tuple[pd.DataFrame, dict[int, float], list[Path]]:
-    """Write what a method found over all folds, from each fold's maps and table.
-
-    With `equal` each fold's map is scaled to the mean of all folds' root mean squares before the
-    mean over folds, and its contrast with it; maps that are 0 are left out. Contrasts are those of
-    the folds that have one. Returns all folds' lines, each fold's share of the power (sum of
-    squares, where at least half of the scans are not 0), and the files.
-    """
-    shape = image.volume_shape(like_img)
-    paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
-    tables = [files.read_csv(path, TABLE_COLUMNS) for path in paths]
-    table = pd.concat(tables, ignore_index=True)
-    written = [outpath / MEAN_SCAN, outpath / COVERAGE, outpath / f"{stem}_predictions.csv"]
-    for path in written[:2]:
-        name = path.name.removesuffix(".nii.gz")
-        parts = [(outpath / f"{name}_f{fold}.nii.gz", len(t)) for fold, t in enumerate(tables)]
-        write_mean(path, parts, like_img)
-    files.write_csv(written[2], table)
-
-    mask_data = read_map(outpath / COVERAGE, shape) >= 0.5
-    fold_maps = {fold: outpath / f"{stem}_map_f{fold}.nii.gz" for fold in range(n_folds)}
-    powers = {fold: power(read_map(path, shape), mask_data) for fold, path in fold_maps.items()}
-    total = sum(powers.values())
-    shares = {fold: each / total if total else 0.0 for fold, each in powers.items()}
-    weights = dict.fromkeys(fold_maps, 1.0)
-    if equal and total:
-        roots = {fold: np.sqrt(each) for fold, each in powers.items() if each}
-        weights = {fold: np.mean(list(roots.values())) / root for fold, root in roots.items()}
-    for kind in KINDS:
-        mean = RunningMean()
-        for fold, weight in weights.items():
-            path = outpath / f"{stem}_{kind}_f{fold}.nii.gz"
-            if kind == "map" or path.is_file():
-                mean.add(read_map(path, shape) * weight)
-        if mean.n:
-            written.append(outpath / f"{stem}_{kind}_all.nii.gz")
-            image.write_image(written[-1], mean.mean(), like_img)
-    for outcome in OUTCOMES if by_outcome else ():
-        counts = [int((t["outcome"] == outcome).sum()) for t in tables]
-        parts = [
-            (outpath / f"{stem}_map_{outcome}_f{fold}.nii.gz", n)
-            for fold, n in enumerate(counts)
-            if n
-        ]
-        if parts:
-            written.append(outpath / f"{stem}_map_{outcome}.nii.gz")
-            write_mean(written[-1], parts, like_img)
-    return table, shares, written

@@ -1,6 +1,6 @@
 """How well a classifier did on the scans that it had not seen, and what its maps are worth."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import log_softmax
 
+from reporting import bootstrap
 from run_folder import files
-from utils import InputError, RunError, derived_seed, named
+from utils import InputError, RunError, named
 
-N_BOOTSTRAP = 1000
 CONFIDENCE_PERCENT = 95
-MAX_COUNTS = 4_000_000  # of scans in bootstrap draws at once: 32 MB
 LEARNED_GAIN = 0.05  # of the labels' entropy, by which the kept weights' training loss is below it
 CHANCE = 0.5  # of the area under the ROC curve
 SUMMARY_ROWS = ("mean", "mean_low", "mean_high", "sd", "pooled", "pooled_low", "pooled_high")
@@ -79,43 +78,6 @@ def fold_means(predictions: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
     return pd.concat(of_folds).groupby(level=0).mean()
 
 
-def bootstrap_weights(
-    unit: np.ndarray, stratum: np.ndarray, seed: int, n_draws: int = N_BOOTSTRAP,
-    is_rescaled: bool = False,
-) -> Iterator[np.ndarray]:  # fmt: skip
-    """Yield draws, some at a time, as counts of scans of shape (draws, n).
-
-    Drawn with replacement are units, within their strata; both arrays have a value a scan. With
-    `is_rescaled` one unit fewer is drawn of each stratum, and counts for more: so the variance of a
-    mean is right where strata are small, too (Rao and Wu, doi:10.1080/01621459.1988.10478591).
-    """
-    rng = np.random.default_rng(derived_seed(seed, purpose="bootstrap"))
-    first_scan, unit_of_scan = np.unique(unit, return_index=True, return_inverse=True)[1:]
-    strata = [np.flatnonzero(stratum[first_scan] == value) for value in np.unique(stratum)]
-    n_together = max(1, MAX_COUNTS // len(unit))
-    for start in range(0, n_draws, n_together):
-        counts = np.zeros((min(n_together, n_draws - start), len(first_scan)))
-        for of_draw in counts:
-            for units in strata:
-                n_drawn = max(1, len(units) - is_rescaled)
-                drawn = rng.integers(len(units), size=n_drawn)
-                counts_of_units = np.bincount(drawn, minlength=len(units))
-                of_draw[units] = counts_of_units * len(units) / n_drawn
-        yield counts[:, unit_of_scan]
-
-
-def units_and_strata(
-    table: pd.DataFrame, subjects: pd.Series | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each scan what is drawn with it, and among which others.
-
-    That is its subject, or itself, among those of its fold whose scans have such labels.
-    """
-    unit = np.arange(len(table)) if subjects is None else subjects.to_numpy()
-    alike = table[["fold", "label"]].groupby(unit).transform("mean")
-    return unit, alike.groupby(["fold", "label"]).ngroup().to_numpy()
-
-
 def interval_of_mean(mean: pd.Series, draws: pd.DataFrame, n_units: int) -> np.ndarray:
     """Return the ends of each metric's interval, (2, metrics): Wilson's, doi:10.2307/2276774.
 
@@ -161,12 +123,12 @@ def metrics_table(
     of_training : DataFrame, optional
         Columns to add to the rows of folds 0 … k−1.
     """
-    unit, stratum = units_and_strata(predictions, subjects)
+    unit, stratum = bootstrap.units_and_strata(predictions, subjects)
     by_fold = predictions.groupby("fold")
     per_fold = pd.concat([binary_metrics(rows) for _, rows in by_fold])
     mean, one = per_fold.mean(), np.zeros_like(stratum)
-    of_mean = [fold_means(predictions, w) for w in bootstrap_weights(unit, stratum, seed)]
-    of_all = [binary_metrics(predictions, w) for w in bootstrap_weights(unit, one, seed)]
+    of_mean = [fold_means(predictions, w) for w in bootstrap.draws(unit, stratum, seed)]
+    of_all = [binary_metrics(predictions, w) for w in bootstrap.draws(unit, one, seed)]
     tail = (100 - CONFIDENCE_PERCENT) / 200
     rows = [
         mean,

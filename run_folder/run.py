@@ -6,7 +6,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def locked(folder: Path, name: str, wait: bool = False) -> Iterator[None]:
             except Timeout:  # an OSError, too
                 work = f"{owner} works on {folder} ({name})"
                 raise InputError(f"{work}; wait until it is done, or stop it") from None
-        owner_path.write_text(f"process {os.getpid()} on host {platform.node()}")
+        with suppress(OSError):  # a full disk
+            owner_path.write_text(f"process {os.getpid()} on host {platform.node()}")
     except (OSError, NotImplementedError) as error:
         warn_without_locks(folder, str(error))
     try:

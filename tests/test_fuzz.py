@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dataset
-from loading import image
+from loading import damage, image
 from loading.table import Wanted
 from utils import InputError
 
@@ -171,7 +171,7 @@ def read_and_load(csv_path: Path, has_extensions: bool = False) -> str:
     asks for what a header extension claims, up to 2 GiB, but fills no more of it than the file has.
     """
     paths = list(csv_path.parent.glob("x.*"))
-    n_capacity = sum(path.stat().st_size * image.MAX_RATIOS.get(path.suffix, 1) for path in paths)
+    n_capacity = sum(path.stat().st_size * damage.MAX_RATIOS.get(path.suffix, 1) for path in paths)
     tracemalloc.start()
     try:
         cohort = read(csv_path)

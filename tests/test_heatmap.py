@@ -30,6 +30,7 @@ import attribution
 import dataset
 import heatmap
 import models
+from reporting import mean_maps
 from run_folder import checkpoints, files, trained_run
 from run_folder import device as devices
 
@@ -474,7 +475,7 @@ def test_a_run_without_predictions_is_not_checked(cohort_csv, modelpath, tmp_pat
     ],
 )
 def test_folds_that_speak_for_all_or_not_at_all_are_named(caplog, shares, named):
-    heatmap.warn_of("IG", pd.Series(0, index=list(shares)), shares, {"test"})
+    mean_maps.warn_of("IG", pd.Series(0, index=list(shares)), shares, {"test"})
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(named)
     assert all(text in line for text, line in zip(named, lines, strict=True))
@@ -486,7 +487,7 @@ def test_maps_that_are_0_are_counted_and_named_by_fold(maps_path, caplog):
         n_zero = (table["map_sum"] == 0).groupby(table["fold"]).sum()
         sidecar = json.loads((maps_path / f"{method}_map_all.json").read_text())
         assert sidecar["zero_maps_per_fold"] == {str(f): n for f, n in n_zero.items()}
-    heatmap.warn_of("GGC", pd.Series({0: 3, 1: 0, 2: 1}), {0: 0.3, 1: 0.3, 2: 0.4}, {"test"})
+    mean_maps.warn_of("GGC", pd.Series({0: 3, 1: 0, 2: 1}), {0: 0.3, 1: 0.3, 2: 0.4}, {"test"})
     assert caplog.text.count("WARNING") == 1 and ": 3 of fold 0, 1 of fold 2" in caplog.text
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import compare
 from comparing import runs
-from reporting import metrics
+from reporting import bootstrap, metrics
 
 N = 40
 
@@ -84,11 +84,11 @@ def test_bad_input(tmp_path, refusal):
 def test_many_runs_are_drawn_once_each(tmp_path, monkeypatch):
     """The 32 published models have 496 pairs."""
     folders = [write_run(tmp_path / str(i), 1.0, seed=i) for i in range(5)]
-    loaded, draw, drawn = runs.load_runs(folders), metrics.bootstrap_weights, []
+    loaded, draw, drawn = runs.load_runs(folders), bootstrap.draws, []
 
     def count(*arguments):
         drawn.append(1)
         return draw(*arguments)
 
-    monkeypatch.setattr(metrics, "bootstrap_weights", count)
+    monkeypatch.setattr(bootstrap, "draws", count)
     assert len(runs.differences(loaded, 0)) == 10 and len(drawn) == 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import AFFINE
 
-from reporting import maps
+from reporting import maps, mean_maps
 from utils import InputError
 
 SHAPE = (3, 4, 5)
@@ -64,7 +64,7 @@ def test_folds_of_unequal_size(tmp_path):
         mean_scan = np.full(SHAPE, fold, dtype=np.float32)
         for name in ("mean_scan", "coverage"):
             nib.save(nib.Nifti1Image(mean_scan, AFFINE), tmp_path / f"{name}_f{fold}.nii.gz")
-    table, shares, written = maps.assemble(
+    table, shares, written = mean_maps.assemble(
         tmp_path, "LRP", 2, LIKE_IMG, by_outcome=True, equal=False
     )
     powers = [np.square(data[0]).sum(), np.square((data[1] + data[2]) / 2).sum()]
@@ -78,6 +78,23 @@ def test_folds_of_unequal_size(tmp_path):
     assert found["mean_scan.nii.gz"] == pytest.approx(np.full(SHAPE, 2 / 3))
     assert list(table["fold"]) == [0, 1, 1] and list(table["logit"]) == [1, 1, 1]
     assert table["map_sum"].to_numpy() == pytest.approx([each.sum() for each in data], rel=1e-4)
+
+
+def test_a_fold_of_one_label_has_no_contrast(tmp_path, caplog):
+    """The contrast is that of the other folds, and the fold is named."""
+    data = random_maps(4)
+    for fold, labels in enumerate([(0, 1), (0, 0)]):
+        of_fold = make_fold(tmp_path, fold)
+        of_fold.groups |= {name: maps.RunningMean() for name in maps.GROUPS}
+        for i, label in enumerate(labels):
+            of_fold.add(make_scan(2 * fold + i, label, (1.0, 0.0)), data[2 * fold + i], np.zeros(2))
+        of_fold.write()
+        for name in ("mean_scan", "coverage"):
+            nib.save(LIKE_IMG, tmp_path / f"{name}_f{fold}.nii.gz")
+    mean_maps.assemble(tmp_path, "LRP", 2, LIKE_IMG, by_outcome=False, equal=False)
+    found = maps.read_map(tmp_path / "LRP_contrast_all.nii.gz", SHAPE)
+    assert found == pytest.approx(data[1] - data[0], abs=1e-6)
+    assert "LRP: the contrast leaves out fold 1, where all scans" in caplog.text
 
 
 def test_maps_that_an_earlier_command_left_are_read_back(tmp_path):

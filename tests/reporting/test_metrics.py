@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binomtest, norm
 from sklearn import metrics as reference
 
-from reporting import metrics
+from reporting import bootstrap, metrics
 from utils import InputError, RunError
 
 
@@ -62,8 +62,8 @@ def test_weights_count_scans_as_often_as_they_are_drawn():
 
 def test_draws_are_of_whole_units_within_strata():
     unit, stratum = np.array(list("aabbccdd")), np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    draws = np.concatenate(list(metrics.bootstrap_weights(unit, stratum, 0)))
-    assert draws.shape == (metrics.N_BOOTSTRAP, 8)
+    draws = np.concatenate(list(bootstrap.draws(unit, stratum, 0)))
+    assert draws.shape == (bootstrap.N_DRAWS, 8)
     assert (draws[:, ::2] == draws[:, 1::2]).all()
     assert (draws[:, :4:2].sum(1) == 2).all() and (draws[:, 4::2].sum(1) == 2).all()
     assert set(draws[:, 0]) == {0, 1, 2}
@@ -116,10 +116,8 @@ def covered(n_cohorts: int, n_scans: int, separations: list[float]) -> float:
     hits = []
     for seed in range(n_cohorts):
         table = simulated(seed, n_scans, separations)
-        unit, stratum = metrics.units_and_strata(table, None)
-        draws = [
-            metrics.fold_means(table, w) for w in metrics.bootstrap_weights(unit, stratum, seed)
-        ]
+        unit, stratum = bootstrap.units_and_strata(table, None)
+        draws = [metrics.fold_means(table, w) for w in bootstrap.draws(unit, stratum, seed)]
         mean = metrics.fold_means(table, np.ones((1, n_scans))).iloc[0]
         ends = metrics.interval_of_mean(mean, pd.concat(draws), n_scans)
         low, high = ends[:, mean.index.get_loc("roc_auc")]
@@ -129,7 +127,7 @@ def covered(n_cohorts: int, n_scans: int, separations: list[float]) -> float:
 
 @pytest.mark.parametrize("separations", [[1.0] * 5, [3.0] * 5], ids=["0.76", "0.98"])
 def test_the_interval_of_the_mean_covers_the_truth(monkeypatch, separations):
-    monkeypatch.setattr(metrics, "N_BOOTSTRAP", 200)
+    monkeypatch.setattr(bootstrap, "N_DRAWS", 200)
     assert 0.88 <= covered(100, 60, separations) <= 1.0
 
 
