@@ -36,9 +36,10 @@ import pandas as pd
 
 import utils
 from comparing import measures, overlap, page
+from comparing.maps import Map, load_maps
 from comparing.measures import Settings
 from comparing.runs import Run, differences, load_runs, runs_table
-from comparing.space import Map, Space, load_atlas, load_maps, load_space
+from comparing.space import Space, load_atlas, load_space
 from reporting import metrics, pictures
 from run_folder import files
 from run_folder.processes import run_script

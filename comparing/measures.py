@@ -10,8 +10,9 @@ import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
 from comparing import overlap, significance
+from comparing.maps import Map, control_path
 from comparing.significance import ScanMaps
-from comparing.space import Map, Space, control_path
+from comparing.space import Space
 from loading.image import read_image
 from run_folder import files
 from utils import log, progress, some_of

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
+from comparing.maps import Map
 from comparing.runs import METRICS_SHOWN, PICTURES, Run
-from comparing.space import Map, Space
+from comparing.space import Space
 from reporting.maps import IG_TOLERANCE
 from reporting.metrics import SUMMARY_ROWS
 from reporting.pictures import color_limit

@@ -14,8 +14,8 @@ from conftest import SHAPE, make_volume, save_scan
 
 import compare
 from comparing import page
+from comparing.maps import Map
 from comparing.runs import Run
-from comparing.space import Map
 
 BROWSER = shutil.which("chromium")
 BROWSER_FLAGS = [

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from comparing import maps as map_files
 from comparing import space
 from utils import InputError
 
@@ -20,18 +21,18 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray = np.eye(4)) -> Path: 
 
 def test_names_of_maps():
     paths = [Path("a/LRP_map_all.nii.gz"), Path("b/LRP_map_all.nii.gz"), Path("b/SVM_f0.nii")]
-    assert space.name_maps(paths) == ["a/LRP", "b/LRP", "SVM_f0"]
+    assert map_files.name_maps(paths) == ["a/LRP", "b/LRP", "SVM_f0"]
     with pytest.raises(InputError, match="two maps have one name"):
-        space.name_maps([Path("x/a/LRP.nii"), Path("y/a/LRP.nii")])
+        map_files.name_maps([Path("x/a/LRP.nii"), Path("y/a/LRP.nii")])
 
 
 def test_fold_maps_come_in_the_folds_order(tmp_path):
     """Only those of the same map: neither another's, nor one whose name goes on."""
     for name in ("M_f10", "M_f2", "M_f0", "M_f0_old", "XM_f1", "M_fx"):
         (tmp_path / f"{name}.nii.gz").touch()
-    found = space.fold_paths(tmp_path / "M_all.nii.gz")
+    found = map_files.fold_paths(tmp_path / "M_all.nii.gz")
     assert [path.name for path in found] == ["M_f0.nii.gz", "M_f2.nii.gz", "M_f10.nii.gz"]
-    assert space.fold_paths(tmp_path / "M_f0.nii.gz") == []
+    assert map_files.fold_paths(tmp_path / "M_f0.nii.gz") == []
 
 
 def test_background_is_the_mean_scan_beside_any_map_on_their_grid(tmp_path):
@@ -43,7 +44,7 @@ def test_background_is_the_mean_scan_beside_any_map_on_their_grid(tmp_path):
     reference_path = save(tmp_path / "r.nii", reference, affine)
     save(tmp_path / "a" / "mean_scan.nii.gz", data)
     mask_path = save(tmp_path / "mask.nii", data, affine)
-    maps = space.load_maps(paths)
+    maps = map_files.load_maps(paths)
     found = space.load_space(maps, reference_path, 99, mask_path)
     assert found.background_source == "the ICBM152 template"
     assert found.background_img.shape == SHAPE and found.background_img.get_fdata().max() > 0
@@ -87,7 +88,7 @@ def blobs() -> np.ndarray:
 )
 def test_reference_keeps_its_volume_on_a_finer_grid(tmp_path, caplog, blobs, change, threshold):
     reference_path = save_coarse(tmp_path / "r.nii", change(blobs))
-    maps = space.load_maps([save(tmp_path / "m.nii", np.ones((20, 20, 20)), FINE)])
+    maps = map_files.load_maps([save(tmp_path / "m.nii", np.ones((20, 20, 20)), FINE)])
     mask_path = save(tmp_path / "mask.nii", np.ones((20, 20, 20)), FINE)
     found = space.load_space(maps, reference_path, threshold, mask_path)
     assert found.reference_data.sum() == 8 * (blobs > 0).sum()
@@ -104,7 +105,7 @@ def test_reference_is_averaged_over_coarser_voxels(tmp_path, caplog):
     reference_path = save(tmp_path / "r.nii", fine)
     affine = np.diag([2.0, 2, 2, 1])
     affine[:3, 3] = 0.5
-    maps = space.load_maps([save(tmp_path / "m.nii", np.ones((6, 6, 6)), affine)])
+    maps = map_files.load_maps([save(tmp_path / "m.nii", np.ones((6, 6, 6)), affine)])
     found = space.load_space(maps, reference_path, 0, None)
     assert found.reference_data.sum() == 27 and found.reference_data[1:4, 1:4, 1:4].all()
     fine[2:8, 2:8, 2:8] = 0
@@ -120,7 +121,7 @@ def test_default_mask_is_where_most_scans_are_not_0(tmp_path, caplog):
     coverage = np.zeros(SHAPE)
     coverage[1:4, 1:5, 1:6], coverage[0] = 1, 0.4
     mean_scan = 100 * coverage
-    maps = space.load_maps([map_path])
+    maps = map_files.load_maps([map_path])
     assert len(space.load_space(maps, reference_path, 0, None).inside) == 210
     assert "fills 100 % of the volume" in caplog.text
     save(tmp_path / "mean_scan.nii.gz", mean_scan)
@@ -141,7 +142,7 @@ def atlas_of(folder: Path, numbers: list[int], dtype: str, table: str) -> tuple:
     data.reshape(-1)[: len(numbers)] = numbers
     nib.save(nib.Nifti1Image(data, np.eye(4)), folder / "atlas.nii")
     (folder / "names.csv").write_text(table)
-    maps = space.load_maps([save(folder / "m.nii", np.ones(SHAPE))])
+    maps = map_files.load_maps([save(folder / "m.nii", np.ones(SHAPE))])
     reference_path = save(folder / "r.nii", np.arange(210).reshape(SHAPE) > 100)
     found = space.load_space(maps, reference_path, 0, None)
     regions, names = space.load_atlas(folder / "atlas.nii", folder / "names.csv", found)
