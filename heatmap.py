@@ -3,10 +3,11 @@
     python3 heatmap.py --path ./data.csv --modelpath ./output/ --model modelA24 --method LRP \\
         --outpath ./LRP/ --device 0
     python3 heatmap.py --path ./data.csv --modelpath ./output/ --model modelA24 \\
-        --method LRP IG GGC --outpath ./maps/
+        --method LRP IG GGC SG --outpath ./maps/
 
 LRP: layer-wise relevance propagation, β-rule. IG: integrated gradients from baseline 0. GGC: guided
-Grad-CAM at the last convolution. All explain the logit of --target.
+Grad-CAM at the last convolution. SG: SmoothGrad, the mean gradient over noisy copies. All explain
+the logit of --target.
 
 The same command, typed again, resumes with the folds that are not finished. Under torchrun the
 scans of each fold are shared among the processes.
@@ -48,7 +49,12 @@ NO_CONTRAST = (
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
 ONE_CLASS = ("0", "1")  # targets that explain one class for everybody
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
-OPTIONS_OF_METHOD = {"LRP": ("beta",), "IG": ("steps",), "GGC": ("cam",)}
+OPTIONS_OF_METHOD = {
+    "LRP": ("beta",),
+    "IG": ("steps",),
+    "GGC": ("cam",),
+    "SG": ("samples", "noise"),
+}
 CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
 
 
@@ -63,6 +69,7 @@ def parameters_of(args: argparse.Namespace, method: str) -> dict:
         "LRP": {"beta": args.beta},
         "IG": {"n_steps": args.steps},
         "GGC": {"cam": args.cam},
+        "SG": {"n_samples": args.samples, "noise": args.noise},
     }
     return of_methods[method]
 
@@ -78,7 +85,8 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
           for suffix in ("nii.gz", "json", "png", "html")),
         f"{stem}_subjects/[0-9]*_f*.nii.gz",
     )  # fmt: skip
-    compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *(["seed"] * args.randomize), *CONTENTS)
+    drawn = ("seed",) if args.randomize or method == "SG" else ()
+    compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *drawn, *CONTENTS)
     shared = tuple(
         f"{name}{fold}.nii.gz" for name in ("mean_scan", "coverage") for fold in ("", "_f*")
     )
@@ -131,12 +139,16 @@ def check_scans(
 
 def explain(
     args: argparse.Namespace, method: str, model: nn.Module, scans: torch.Tensor,
-    targets: torch.Tensor, place: str,
+    targets: torch.Tensor, rows: np.ndarray, place: str,
 ) -> np.ndarray:  # fmt: skip
-    """Return a method's maps of some scans, float32 of shape (N, D, H, W)."""
+    """Return a method's maps of the scans in some rows, float32 of shape (N, D, H, W)."""
     import attribution
 
-    options = parameters_of(args, method) | ({"batch_size": args.batch} if method == "IG" else {})
+    options = parameters_of(args, method)
+    if method == "IG":
+        options["batch_size"] = args.batch
+    if method == "SG":
+        options["seed"] = [utils.derived_seed(args.seed, r, purpose="smoothgrad") for r in rows]
     try:
         with torch.enable_grad():
             maps_data = attribution.METHODS[method](model, scans, targets, **options)
@@ -189,7 +201,7 @@ def explain_fold(
             maps_data = each.saved(scans)
             if maps_data is None:
                 place = f"{', '.join(scan.path for scan in scans)} in fold {fold.number}"
-                maps_data = explain(args, each.method, model, volumes, targets, place)
+                maps_data = explain(args, each.method, model, volumes, targets, rows, place)
             for scan, map_data in zip(scans, maps_data, strict=True):
                 each.add(scan, map_data, zero_logits)
         bar.update(len(chunk))
@@ -289,7 +301,7 @@ def dry_run(
     for method in args.method:
         for _ in range(N_REHEARSED):
             start = time.perf_counter()
-            explain(args, method, model, scans, labels, "the first scans")
+            explain(args, method, model, scans, labels, rows, "the first scans")
             seconds = (time.perf_counter() - start) / args.batch
         utils.say(
             f"{method}: {utils.duration(seconds)} a scan, {utils.duration(seconds * n_scans)} in "
@@ -328,6 +340,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--cam", choices=CAMS, default=CAMS[0],
            help="GGC: stretch the last convolution's grid over the volume, as published, or lay "
                 "its cells where they see")
+    option("--samples", type=number(int, at_least=1), default=attribution.N_SAMPLES,
+           help="SG: noisy copies of a scan")
+    option("--noise", type=number(float, at_least=0), default=attribution.NOISE,
+           help="SG: standard deviation of the noise, as a share of a scan's range")
     option("--target", choices=["label", "predicted", *ONE_CLASS], default="label",
            help="the class whose logit is explained; 0 or 1, one class for everybody, also gives "
                 "the contrast of patients' and controls' maps")

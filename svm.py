@@ -26,12 +26,11 @@ import dataset
 import utils
 from comparing import linear_svm
 from loading import image
-from loading.cache import Volumes
-from reporting import maps, metrics, pictures
+from reporting import maps, mean_maps, metrics, pictures
 from run_folder import files, folds
 from run_folder.processes import run_script
 from run_folder.run import RunFolder, new_record
-from utils import InputError, some_of
+from utils import InputError
 
 C = 1.0
 MAPS = ("weights", "pattern")
@@ -41,31 +40,6 @@ RESULTS = (
     *(f"SVM_{name}_f*.nii.gz" for name in MAPS),
     *(f"SVM_{name}_all.{suffix}" for name in MAPS for suffix in ("nii.gz", "json", "png", "html")),
 )  # fmt: skip
-
-
-def choose_splits(args: argparse.Namespace, cohort: dataset.Cohort) -> pd.DataFrame:
-    """Return the network's folds, or folds drawn as train_cv.py would."""
-    if args.modelpath is None:
-        return folds.draw(cohort.table, args.fold, args.val_fraction, args.seed)
-    if not args.modelpath.is_dir():
-        raise InputError(f"there is no folder --modelpath {args.modelpath}")
-    return folds.read(args.modelpath / "splits.csv", cohort.table, cohort.scans)
-
-
-def check_scans(modelpath: Path | None, then: pd.Series, volumes: Volumes) -> None:
-    """Raise an InputError if a scan is not the one that the networks were trained on.
-
-    `then` are the scans' paths as they were in training.
-    """
-    path = modelpath / "scans.csv" if modelpath else None
-    if path is None or not path.is_file():
-        return
-    trained = files.read_csv(path, {"path": str, "crc32": int}).set_index("path")["crc32"]
-    now = volumes.table()["crc32"].set_axis(then)
-    differing = now.index[(trained.reindex(now.index) != now).to_numpy()]
-    if len(differing):
-        rule = f"{len(differing)} scans have other voxels than those in {path}"
-        raise InputError(f"{rule}: {some_of(differing)}")
 
 
 def fit_folds(
@@ -92,21 +66,11 @@ def write_maps(
     """Write each fold's maps, (folds, kinds, D, H, W), and their means; return the latter."""
     written = []
     for name, of_folds in zip(MAPS, fold_maps.swapaxes(0, 1), strict=True):
-        stem = args.outpath / f"SVM_{name}_all"
-        for fold, map_data in enumerate(of_folds):
-            path = args.outpath / f"SVM_{name}_f{fold}.nii.gz"
-            image.write_image(path, map_data, cohort.like_img)
-        mean_data = of_folds.mean(0, dtype=np.float64)
-        image.write_image(stem.with_suffix(".nii.gz"), mean_data, cohort.like_img)
-        sidecar = {
-            "method": f"SVM {name}", "parameters": {"C": args.C}, "n_folds": len(of_folds),
-            "background": maps.MEAN_SCAN, "orientation": image.orientation_of(cohort.like_img),
-            "versions": utils.versions(),
-        }  # fmt: skip
-        files.write_json(stem.with_suffix(".json"), sidecar)
+        sidecar = {"method": f"SVM {name}", "parameters": {"C": args.C}, "n_folds": len(of_folds)}
         title = f"SVM {name}, mean over folds"
-        drawn = pictures.draw_map(stem, args.outpath / maps.MEAN_SCAN, title)
-        written += [stem.with_suffix(".nii.gz"), stem.with_suffix(".json"), *drawn]
+        written += mean_maps.write_baseline(
+            args.outpath, f"SVM_{name}", of_folds, cohort.like_img, sidecar, title
+        )
     return written
 
 
@@ -132,15 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cache-dir", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
-    # fmt: off
-    option("--modelpath", type=Path, default=None, metavar="DIR",
-           help="the --outpath of train_cv.py, whose folds are used; left out: folds are drawn")
     option("--C", type=number(float, above=0), default=C, help="cost of margin violations")
-    option("--fold", type=number(int, at_least=2), default=folds.N_FOLDS,
-           help="number of folds, without --modelpath")
-    option("--val-fraction", type=number(float, above=0, below=1), default=folds.VAL_FRACTION,
-           help="as in train_cv.py, without --modelpath; the SVM trains on these scans too")
-    # fmt: on
+    folds.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -150,7 +107,9 @@ def main(args: argparse.Namespace) -> None:
     if utils.world_size() > 1:
         raise InputError("svm.py runs as one process: start it without torchrun")
     cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
-    splits = choose_splits(args, cohort)
+    splits = folds.choose(
+        args.modelpath, cohort.table, cohort.scans, args.fold, args.val_fraction, args.seed
+    )
     facts = {"model": "linear SVM", "n_folds": folds.count(splits), **cohort.facts(args.path)}
     record = new_record("svm.py", vars(args), **facts)
     run = RunFolder(args.outpath, "run", record, (), RESULTS)
@@ -163,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
     with utils.log_above_bars():
         volumes.fill()
-        check_scans(args.modelpath, splits["path"], volumes)
+        folds.check_scans(args.modelpath, volumes.table()["crc32"].set_axis(splits["path"]))
         gram, mean, coverage = linear_svm.gram_matrix(volumes)
         fits, predictions = fit_folds(args, cohort, splits, gram)
         coefficients = [c for f in fits for c in (f.weight_coefficients, f.pattern_coefficients)]
@@ -176,9 +135,9 @@ def main(args: argparse.Namespace) -> None:
         image.write_image(args.outpath / name, data, cohort.like_img)
     written = write_maps(args, cohort, fold_maps)
     table = write_tables(args, cohort, fits, predictions)
-    mean_maps = [path for path in written if path.name.endswith(".nii.gz")]
+    of_maps = [path for path in written if path.name.endswith(".nii.gz")]
     following = utils.command(
-        "compare.py", args, maps=mean_maps, run=args.outpath, outpath=args.outpath / "comparison",
+        "compare.py", args, maps=of_maps, run=args.outpath, outpath=args.outpath / "comparison",
     )  # fmt: skip
     with run.finish():
         finding = metrics.verdict(table).sentence

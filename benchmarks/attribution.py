@@ -29,9 +29,10 @@ from benchmarks import measuring, plain
 
 TARGET = 1
 QUICK_STEPS, PAPER_STEPS = 10, 100
-BRIEF_STEPS = 3  # for the memory: what one step needs is given back before the next
+STEPS_PER_SAMPLE = 4  # IG of 100 steps beside SG of 25 samples
+BRIEF_STEPS = 4  # for the memory: what one step needs is given back before the next
 BY_ZENNIT = "LRP, zennit as plain"
-WORKS = ("LRP", BY_ZENNIT, "IG", "GGC", "first input gradient")
+WORKS = ("LRP", BY_ZENNIT, "IG", "GGC", "SG", "first input gradient")
 
 
 def zennit_lrp(model: nn.Module, volume: Tensor, target: int) -> Tensor:
@@ -67,7 +68,7 @@ def both_ways(
             lambda: torch.nn.grad.conv3d_input(volume.shape, weight, outputs),
             lambda: one_channel_input_gradient(weight, outputs),
         )
-    steps = (n_steps,) if work == "IG" else ()
+    steps = {"IG": (n_steps,), "SG": (max(1, n_steps // STEPS_PER_SAMPLE),)}.get(work, ())
     name, plainly = ("LRP", zennit_lrp) if work == BY_ZENNIT else (work, plain.METHODS[work])
     methods = plainly, attribution.METHODS[name]
     return tuple(lambda method=method: method(model, volume, TARGET, *steps) for method in methods)
@@ -115,7 +116,7 @@ def compare(args: argparse.Namespace, work: str) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
     print(f"{measuring.conditions(args)}, pairs: {args.pairs}, {args.clock} time, ", end="")
-    print(f"steps of IG: {args.steps}\n")
+    print(f"steps of IG: {args.steps}, a {STEPS_PER_SAMPLE}th as many samples of SG\n")
     if BY_ZENNIT in args.only and not measuring.is_installed("zennit"):
         args.only = [work for work in args.only if work != BY_ZENNIT]
     measuring.print_table(

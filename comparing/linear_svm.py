@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loading.cache import Volumes
-from utils import log, progress
+from loading.cache import BLOCK_BYTES, Volumes
+from utils import log
 
-BLOCK_BYTES = 128 * 2**20  # of float32 voxels held at a time; float64 copies make it thrice that
-MIN_RANGE_VOXELS = 4096  # 16 kB a read: with shorter ones a disk does nothing but seek
 TILE_ROWS = 1024  # of the Gram matrix at a time: no second one is needed
 TOLERANCE = 1e-9  # of the optimiser; weights are then good to a millionth of their maximum
 
@@ -28,13 +26,6 @@ class FoldFit:
     decisions: np.ndarray
 
 
-def voxel_ranges(volumes: Volumes, block_bytes: int) -> list[tuple[int, int]]:
-    """Return the ranges of voxels that are read of all scans at once."""
-    n_at_once = max(MIN_RANGE_VOXELS, block_bytes // (4 * len(volumes)))
-    starts = range(0, volumes.n_voxels, n_at_once)
-    return [(start, min(start + n_at_once, volumes.n_voxels)) for start in starts]
-
-
 def row_tiles(n_scans: int) -> list[slice]:
     """Return the rows of the Gram matrix that are added to at once."""
     return [slice(i, min(i + TILE_ROWS, n_scans)) for i in range(0, n_scans, TILE_ROWS)]
@@ -51,9 +42,8 @@ def gram_matrix(
     )  # fmt: skip
     gram = np.zeros((n_scans, n_scans))
     mean, coverage = np.zeros((2, volumes.n_voxels), dtype=np.float32)
-    for start, stop in progress(voxel_ranges(volumes, block_bytes), "Gram matrix"):
-        block = volumes.read(start, stop).astype(np.float64)
-        mean[start:stop], coverage[start:stop] = block.mean(0), (block != 0).mean(0)
+    for voxels, block in volumes.blocks("Gram matrix", block_bytes):
+        mean[voxels], coverage[voxels] = block.mean(0), (block != 0).mean(0)
         block -= block.mean(0)
         for rows in row_tiles(n_scans):  # up to the diagonal; the whole has more than 2³¹ entries
             gram[rows, : rows.stop] += block[rows] @ block[: rows.stop].T
@@ -104,6 +94,6 @@ def combine_scans(
 ) -> np.ndarray:
     """Return weighted sums of scans, (n_maps, n_voxels), for coefficients (n_maps, n_scans)."""
     maps = np.zeros((len(coefficients), volumes.n_voxels), dtype=np.float32)
-    for start, stop in progress(voxel_ranges(volumes, block_bytes), "maps"):
-        maps[:, start:stop] = coefficients @ volumes.read(start, stop).astype(np.float64)
+    for voxels, block in volumes.blocks("maps", block_bytes):
+        maps[:, voxels] = coefficients @ block
     return maps

@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # what uses no batches needs no torch
 SCALING_VERSION = 1  # to be raised when `image.load_volume` gives other voxels
 HEADER_BYTES = 128  # of a .npy file of float32 volumes
 N_AHEAD = 2  # batches
+BLOCK_BYTES = 128 * 2**20  # of float32 voxels of all scans at once; float64 makes it thrice that
+MIN_RANGE_VOXELS = 4096  # 16 kB a read: with shorter ones a disk does nothing but seek
 MAX_SHARE_OF_GPU = 0.4  # of its free memory, that volumes may take for a whole run
 N_COPIED = 8  # volumes at a time
 DARK = 0.2  # 99.9th percentile of a scaled volume, below which a few voxels take the range
@@ -236,6 +238,15 @@ class Volumes:
                 file.seek(HEADER_BYTES + 4 * start)
                 file.readinto(block[row])
         return block
+
+    def blocks(
+        self, description: str, block_bytes: int = BLOCK_BYTES
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield ranges of voxels, and these of all decoded scans, float64, (n_scans, n_voxels)."""
+        n_at_once = max(MIN_RANGE_VOXELS, block_bytes // (4 * len(self)))
+        for start in progress(range(0, self.n_voxels, n_at_once), description):
+            stop = min(start + n_at_once, self.n_voxels)
+            yield slice(start, stop), self.read(start, stop).astype(np.float64)
 
     def table(self) -> pd.DataFrame:
         """Return size in bytes and CRC-32 of each scan, as scans.csv has them."""

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
+import utils
 from loading import image
+from reporting import pictures
 from reporting.maps import (
     COVERAGE,
     IG_TOLERANCE,
@@ -126,3 +128,26 @@ def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set
             )  # fmt: skip
     if parts & {"train", "val"}:
         log.warning("%s: not all explained scans were held out; see the column part", method)
+
+
+def write_baseline(
+    outpath: Path, name: str, of_folds: np.ndarray, like_img: SpatialImage, sidecar: dict,
+    title: str,
+) -> list[Path]:  # fmt: skip
+    """Write a baseline's maps of the folds, (n_folds, D, H, W), and what belongs to their mean.
+
+    `name` and `_f0` … or `_all` make the files' names. Returns those of the mean.
+    """
+    if len(of_folds) > 1:
+        for fold, map_data in enumerate(of_folds):
+            image.write_image(outpath / f"{name}_f{fold}.nii.gz", map_data, like_img)
+    stem = outpath / f"{name}_all"
+    mean_data = of_folds.mean(0, dtype=np.float64)
+    image.write_image(stem.with_suffix(".nii.gz"), mean_data, like_img)
+    general = {
+        "background": MEAN_SCAN, "orientation": image.orientation_of(like_img),
+        "versions": utils.versions(),
+    }  # fmt: skip
+    files.write_json(stem.with_suffix(".json"), sidecar | general)
+    drawn = pictures.draw_map(stem, outpath / MEAN_SCAN, title)
+    return [stem.with_suffix(".nii.gz"), stem.with_suffix(".json"), *drawn]

@@ -7,8 +7,9 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
+import utils
 from run_folder import files
-from utils import InputError, derived_seed, log
+from utils import InputError, derived_seed, log, some_of
 
 N_FOLDS = 5
 VAL_FRACTION = 0.2
@@ -24,6 +25,46 @@ def asked_for(n_folds: int, only_fold: int | None, overwrite: bool) -> list[int]
     if overwrite:
         raise InputError("--overwrite starts a whole run anew: it does not go with --only-fold")
     return [only_fold]
+
+
+def add_options(parser: utils.Parser) -> None:
+    """Add the options of a script that works in the networks' folds, or in folds of its own."""
+    number, option = utils.number, parser.add_argument
+    # fmt: off
+    option("--modelpath", type=Path, default=None, metavar="DIR",
+           help="the --outpath of train_cv.py, whose folds are used; left out: folds are drawn")
+    option("--fold", type=number(int, at_least=2), default=N_FOLDS,
+           help="number of folds, without --modelpath")
+    option("--val-fraction", type=number(float, above=0, below=1), default=VAL_FRACTION,
+           help="as in train_cv.py, without --modelpath; these scans are used as those of training")
+    # fmt: on
+
+
+def choose(
+    modelpath: Path | None, table: pd.DataFrame, scans: list[str], n_folds: int,
+    val_fraction: float, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Return the networks' folds, see `read`, or without them folds drawn as train_cv.py would."""
+    if modelpath is None:
+        return draw(table, n_folds, val_fraction, seed)
+    if not modelpath.is_dir():
+        raise InputError(f"there is no folder --modelpath {modelpath}")
+    return read(modelpath / "splits.csv", table, scans)
+
+
+def check_scans(modelpath: Path | None, now: pd.Series) -> None:
+    """Raise an InputError if a scan is not the one that the networks were trained on.
+
+    `now` has the scans' CRC-32 by their paths as they were in training.
+    """
+    path = modelpath / "scans.csv" if modelpath else None
+    if path is None or not path.is_file():
+        return
+    trained = files.read_csv(path, {"path": str, "crc32": int}).set_index("path")["crc32"]
+    differing = now.index[(trained.reindex(now.index) != now).to_numpy()]
+    if len(differing):
+        rule = f"{len(differing)} scans have other voxels than those in {path}"
+        raise InputError(f"{rule}: {some_of(differing)}")
 
 
 def draw(table: pd.DataFrame, n_folds: int, val_fraction: float, seed: int) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from run_folder import device as devices
 IS_REAL = torch.cuda.is_available()
 PRETEND = "tests/pretend_cuda.py"
 LARGE = (113, 115, 117)
-METHODS = ("LRP", "IG", "GGC")
+METHODS = ("LRP", "IG", "GGC", "SG")
 TOLERANCE = 1e-3 if IS_REAL else 1e-5  # of a map's maximum
 
 

@@ -14,8 +14,11 @@ from models import CNN3D, FAMILIES, ModelSpec
 WIDTH = 3  # narrow: the same structure, seconds
 SEEDS = {"A": 4, "B": 12, "C": 7, "D": 3, "T": 3}  # no map is empty
 MORE = [(7, 8, 9), (9, 7, 8)]  # voxels than a side must have: every remainder of 2 and 3
-STEPS = {"IG": {"n_steps": 3}}  # a third of the map is the step at 0, where every window ties
-PLAIN = {"LRP": plain.lrp, "IG": plain.integrated_gradients, "GGC": plain.guided_gradcam}
+STEPS = {
+    "IG": {"n_steps": 3},
+    "SG": {"n_samples": 3},
+}  # a third of the map is the step at 0, where every window ties
+PLAIN = plain.METHODS
 NEAR, MOST_APART, LEAST_R = 5e-5, 1e-3, 0.99999
 
 

@@ -39,9 +39,10 @@ def test_gram_matrix_is_that_of_the_centred_scans(tmp_path, n_scans, shape):
 
 def test_blocks_change_nothing(tmp_path):
     volumes, rows = write_volumes(tmp_path / "decoded", 10, SHAPE)
-    ranges = linear_svm.voxel_ranges(volumes, block_bytes=1)
-    assert len(ranges) == 3 and ranges[0][0] == 0 and ranges[-1][1] == volumes.n_voxels
-    assert all(one[1] == other[0] for one, other in pairwise(ranges))
+    ranges, blocks = zip(*volumes.blocks("", block_bytes=1), strict=True)
+    assert len(ranges) == 3 and ranges[0].start == 0 and ranges[-1].stop == volumes.n_voxels
+    assert all(one.stop == other.start for one, other in pairwise(ranges))
+    assert (np.concatenate(blocks, axis=1) == rows).all()
     coefficients = np.random.default_rng(1).standard_normal((3, 10))
     for block_bytes in (1, 4 * 10 * 5000, 10**9):
         found = linear_svm.combine_scans(volumes, coefficients, block_bytes)
