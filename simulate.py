@@ -1,12 +1,19 @@
 """Simulate a cohort with planted atrophy, and the truth map of where it was planted.
 
+    python3 simulate.py --outpath ./cohort/
+    python3 simulate.py --outpath ./cohort1mm/ --n 20 --voxel 1
+
 Every scan is the ICBM152 template (inside nilearn, no download) with other anatomy, a bias field, a
 gain and noise. Patients (label 1) lose grey matter to cerebrospinal fluid around the hippocampi,
 amygdalae, parahippocampal gyri, posterior cingulate and temporo-parietal cortex; controls
 (label 0) a tenth of that, as ageing does.
 
-    python3 simulate.py --outpath ./cohort/
-    python3 simulate.py --outpath ./cohort1mm/ --n 20 --voxel 1
+    python3 simulate.py --scans controls.csv --copies 3 --outpath ./planted/
+    python3 simulate.py --scans controls.csv --region hippocampus.nii.gz --outpath ./planted/
+
+With --scans the same loss is planted into your own scans of controls, in MNI space: half of the
+subjects become patients, the other half lose nothing. Which map finds a lesion that is known, in
+these scans with this preprocessing?
 
 Written: sub-0001.nii.gz …, data.csv, truth.nii.gz (binary), truth_weights.nii.gz (the share of
 tissue at stake per voxel, 0 to 1), brain.nii.gz (a mask for compare.py) and simulation.json.
@@ -14,114 +21,42 @@ tissue at stake per voxel, 0 to 1), brain.nii.gz (a mask for compare.py) and sim
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
-from scipy.ndimage import gaussian_filter, map_coordinates, zoom
+from nibabel.affines import voxel_sizes
+from nibabel.spatialimages import SpatialImage
+from scipy.ndimage import map_coordinates, zoom
 
+import dataset
 import utils
-from comparing.overlap import bounding_box
-from loading.image import write_image
+from loading import image
+from loading.template import (
+    REGIONS,
+    TRUTH_THRESHOLD,
+    InBox,
+    Template,
+    cohort_grid,
+    load_template,
+    region_shares,
+    smooth,
+    template_coordinates,
+)
 from run_folder import files
 from run_folder.processes import run_script
+from utils import InputError, derived_seed, some_of
 
-ORIGIN_MM = (-96, -132, -78)
-GRID_AT_1MM = (193, 229, 193)
-REGIONS = {
-    #  centre in MNI mm      FWHM in mm
-    "hippocampus left": ((-27, -22, -15), 16),
-    "hippocampus right": ((27, -22, -15), 16),
-    "amygdala left": ((-23, -4, -19), 12),
-    "amygdala right": ((23, -4, -19), 12),
-    "parahippocampal gyrus left": ((-23, -32, -18), 14),
-    "parahippocampal gyrus right": ((23, -32, -18), 14),
-    "posterior cingulate": ((0, -48, 28), 20),
-    "temporo-parietal cortex left": ((-54, -52, 24), 24),
-    "temporo-parietal cortex right": ((54, -52, 24), 24),
-}
 CONTROL_SEVERITY = 0.1  # of what a patient would draw
-TRUTH_THRESHOLD = 0.25  # of the tissue in a voxel at stake: the voxel belongs to the truth
-CSF_INTENSITY = 0.15  # of the template's maximum; CSF is dark on T1
 DEFORMATION_MM = 1.5  # standard deviation of the displacement that registration leaves
 DEFORMATION_FWHM_MM = 25.0
 BIAS_SD = 0.05  # standard deviation of the log bias field that correction leaves
 BIAS_FWHM_MM = 80.0
 GAIN_RANGE = (0.8, 1.2)
 NOISE_SD = 0.03  # of the template's maximum, in both Rician channels
-FWHM_PER_SD = 2.3548
-NEGLIGIBLE = 1e-4  # of a region's tissue: not simulated
-MNI_CODE = 4  # NIfTI xform code of MNI 152 space
-
-
-@dataclass(frozen=True)
-class Template:
-    """What scans are made from, on the template's own 1 mm grid, smoothed to the cohort's voxel.
-
-    `loss_data` has, per region, the box it fills and in it the change in T1 that losing all its
-    tissue makes.
-    """
-
-    affine: np.ndarray
-    t1_data: np.ndarray  # 0 outside the brain
-    brain_data: np.ndarray  # share of brain in each voxel
-    loss_data: dict[str, tuple[tuple[slice, ...], np.ndarray]]
-    weight_data: np.ndarray  # share of tissue at stake, over all regions
-
-
-def smooth(data: np.ndarray, fwhm_vox: float) -> np.ndarray:
-    """Smooth with a Gaussian of this full width at half maximum, in voxels."""
-    return gaussian_filter(data, fwhm_vox / FWHM_PER_SD, mode="nearest", truncate=3)
-
-
-def load_template(voxel_mm: float) -> Template:
-    """Prepare the template: what the scans look like, and what each region can lose."""
-    from nilearn import datasets
-
-    t1_img = datasets.load_mni152_template(resolution=1)
-    t1_data = np.asarray(t1_img.dataobj, dtype=np.float32)
-    t1_data /= t1_data.max()
-    brain_data = (t1_data > 0).astype(np.float32)
-    grey_img = datasets.load_mni152_gm_template(resolution=1)
-    grey_data = np.asarray(grey_img.dataobj, dtype=np.float32).clip(0, 1)
-    blur_vox = voxel_mm if voxel_mm > 1 else 0  # a larger voxel averages over more tissue
-
-    kernels = {name: region_kernel(t1_img, *place) for name, place in REGIONS.items()}
-    overlap_data = np.maximum(1, sum(kernels.values()))  # no voxel loses more than it has
-    loss_data = {}
-    for name, kernel_data in kernels.items():
-        box = bounding_box(kernel_data > NEGLIGIBLE)
-        share_data = grey_data[box] * kernel_data[box] / overlap_data[box] * brain_data[box]
-        loss_data[name] = (box, smooth(share_data * (CSF_INTENSITY - t1_data[box]), blur_vox))
-    weight_data = grey_data * np.minimum(1, sum(kernels.values())) * brain_data
-    return Template(
-        t1_img.affine, smooth(t1_data, blur_vox), smooth(brain_data, blur_vox), loss_data,
-        smooth(weight_data.astype(np.float32), blur_vox),
-    )  # fmt: skip
-
-
-def region_kernel(img: nib.Nifti1Image, centre_mm: tuple, fwhm_mm: float) -> np.ndarray:
-    """Return a Gaussian with maximum 1 at a region's centre."""
-    axes_mm = [img.affine[i, 3] + img.affine[i, i] * np.arange(img.shape[i]) for i in range(3)]
-    profiles = [
-        np.exp(-0.5 * ((axis_mm - centre) * FWHM_PER_SD / fwhm_mm) ** 2).astype(np.float32)
-        for axis_mm, centre in zip(axes_mm, centre_mm, strict=True)
-    ]
-    return np.einsum("i,j,k->ijk", *profiles)
-
-
-def cohort_grid(voxel_mm: float) -> nib.Nifti1Image:
-    """Return an empty image on the grid of the cohort's scans, in MNI space."""
-    shape = tuple(int(np.ceil(side / voxel_mm)) for side in GRID_AT_1MM)
-    affine = np.diag([voxel_mm, voxel_mm, voxel_mm, 1.0])
-    affine[:3, 3] = ORIGIN_MM
-    like_img = nib.Nifti1Image(np.zeros(shape, dtype=np.float32), affine)
-    like_img.set_sform(affine, MNI_CODE)
-    like_img.set_qform(affine, MNI_CODE)
-    like_img.header.set_xyzt_units("mm")
-    return like_img
+N_SCANS, VOXEL_MM = 120, 4.0
+MIN_OVERLAP = 0.5  # of the template's brain, that a given scan must fill
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.ndarray:
@@ -135,17 +70,9 @@ def smooth_noise(rng: np.random.Generator, shape: tuple, fwhm_vox: float) -> np.
     return fine_data[tuple(slice(m, m + side) for m, side in zip(margin, shape, strict=True))]
 
 
-def template_coordinates(template: Template, like_img: nib.Nifti1Image) -> np.ndarray:
-    """Return where each voxel of the cohort's grid lies in the template, in template voxels."""
-    to_template = np.linalg.inv(template.affine) @ like_img.affine
-    grid = np.indices(like_img.shape, dtype=np.float32).reshape(3, -1)
-    moved = to_template[:3, :3].astype(np.float32) @ grid + to_template[:3, 3:].astype(np.float32)
-    return moved.reshape(3, *like_img.shape)
-
-
 def simulate_scan(
     template: Template, coordinates: np.ndarray, voxel_mm: float, severities: dict[str, float],
-    rng: np.random.Generator,
+    deformation_mm: float, rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
     """Return one scan, (D, H, W): tissue loss, other anatomy, bias field, gain and noise.
 
@@ -158,7 +85,7 @@ def simulate_scan(
         t1_data[box] += severities[name] * change_data
     displaced = coordinates.copy()
     for axis in range(3):  # template voxels are 1 mm
-        displaced[axis] += DEFORMATION_MM * smooth_noise(rng, shape, DEFORMATION_FWHM_MM / voxel_mm)
+        displaced[axis] += deformation_mm * smooth_noise(rng, shape, DEFORMATION_FWHM_MM / voxel_mm)
     scan_data = map_coordinates(t1_data, displaced, order=1)
     in_brain = map_coordinates(template.brain_data, displaced, order=1) > 0.5
     scan_data *= np.exp(BIAS_SD * smooth_noise(rng, shape, BIAS_FWHM_MM / voxel_mm))
@@ -168,69 +95,235 @@ def simulate_scan(
     return np.where(in_brain, np.hypot(real, imaginary), 0).astype(np.float32)
 
 
-def write_truth(
-    outpath: Path, template: Template, coordinates: np.ndarray, like_img: nib.Nifti1Image
-) -> int:
-    """Write truth and brain in the template's own anatomy; return how many voxels are true."""
+def draw_severities(
+    names: list[str], severity: tuple[float, float], spare: float, factor: float,
+    rng: np.random.Generator, sparing: np.random.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """Draw which share of its tissue each region loses, 0 where it is spared."""
+    lost = {name: factor * rng.uniform(*severity) for name in names}
+    return {name: share * (sparing.random() >= spare) for name, share in lost.items()}
+
+
+def simulate_cohort(args: argparse.Namespace) -> None:
+    """Simulate scans from the template, and write them."""
+    outpath = files.make_outpath(args.outpath)
+    template, like_img = load_template(args.voxel), cohort_grid(args.voxel)
+    coordinates = template_coordinates(template, like_img)
+    rows, severities_of = [], {}
+    for index in utils.progress(range(args.n), "simulating", unit="scan"):
+        rng = np.random.default_rng([args.seed, index])
+        sparing = np.random.default_rng(derived_seed(args.seed, index, purpose="spared regions"))
+        label = index % 2
+        name = f"sub-{index + 1:04d}.nii.gz"
+        factor, spare = (1.0, args.spare) if label == 1 else (CONTROL_SEVERITY, 0.0)
+        drawn = draw_severities(list(REGIONS), args.severity, spare, factor, rng, sparing)
+        scan_data = simulate_scan(template, coordinates, args.voxel, drawn, args.deformation, rng)
+        image.write_image(outpath / name, scan_data, like_img)
+        rows.append({"path": name, "label": label})
+        severities_of[name] = drawn
     weight_data = map_coordinates(template.weight_data, coordinates, order=1)
+    facts = {
+        "regions": {n: {"centre_mm": mm, "fwhm_mm": fwhm} for n, (mm, fwhm) in REGIONS.items()},
+        "severities": severities_of,
+    }
+    write_cohort(args, rows, weight_data, template, coordinates, like_img, facts)
+
+
+def parent_of(scan: str) -> Path:
+    """Return the folder that a scan lies in."""
+    return Path(scan).resolve().parent
+
+
+def read_controls(args: argparse.Namespace) -> dataset.Cohort:
+    """Read the given scans, at least two subjects; an InputError names patients among them."""
+    cohort = dataset.read_cohort(args.scans, dataset.Wanted(columns=args.columns))
+    patients = cohort.table["path"][cohort.labels == 1]
+    if len(patients):
+        rule = "--scans takes controls, label 0, to plant atrophy into"
+        raise InputError(f"{rule}: {len(patients)} scans have label 1: {some_of(patients)}")
+    if cohort.table.get("subject", cohort.table["path"]).nunique() < 2:
+        raise InputError(f"{args.scans} has one subject; half of them are to become patients")
+    if args.outpath.resolve() in (args.scans.resolve().parent, *map(parent_of, cohort.scans)):
+        raise InputError(f"--outpath {args.outpath} holds the given scans: choose another folder")
+    return cohort
+
+
+def find_fluid(cohort: dataset.Cohort, template: Template, coordinates: np.ndarray) -> list[float]:
+    """Return the intensity of cerebrospinal fluid in each of the given scans.
+
+    An InputError names scans that do not lie where the template's brain is.
+    """
+    in_brain = map_coordinates(template.brain_data, coordinates, order=1) > 0.5
+    is_fluid = map_coordinates(template.csf_data.astype(np.float32), coordinates, order=1) > 0.5
+    voxel_mm3 = abs(np.linalg.det(cohort.like_img.affine[:3, :3]))
+    least = MIN_OVERLAP * template.brain_data.sum() / voxel_mm3
+    elsewhere, fluid = [], []
+    for path, scan in utils.progress(list(zip(cohort.table["path"], cohort.scans, strict=True))):
+        scan_data = image.read_image(Path(scan), "scan").get_fdata(dtype=np.float32)
+        if (in_brain & (scan_data != 0)).sum() < least:
+            elsewhere.append(path)
+        values = scan_data[is_fluid & (scan_data != 0)]
+        fluid.append(float(np.median(values)) if values.size else np.nan)
+    if elsewhere:
+        rule = "scans must be in MNI space: less than half of the template's brain is in"
+        raise InputError(f"{rule} {some_of(elsewhere)}")
+    if np.isnan(fluid).any():
+        lacking = cohort.table["path"][np.isnan(fluid)]
+        raise InputError(f"no voxel holds cerebrospinal fluid alone in {some_of(lacking)}")
+    return fluid
+
+
+def find_shares(
+    args: argparse.Namespace, template: Template, coordinates: np.ndarray, like_img: SpatialImage
+) -> tuple[dict[str, InBox], np.ndarray]:
+    """Return by region, and in all, the share of each voxel that patients can lose."""
+    if args.region is None:
+        weight_data = map_coordinates(template.weight_data, coordinates, order=1)
+        return region_shares(template, coordinates), weight_data
+    region_img = image.read_image(args.region, "region mask")
+    if not image.same_space(region_img, like_img):
+        grids = "\nand\n".join(f"{img.shape}\n{img.affine}" for img in (region_img, like_img))
+        raise InputError(f"--region {args.region} is not on the scans' grid:\n{grids}")
+    weight_data = region_img.get_fdata(dtype=np.float32).clip(0, 1)
+    if not (weight_data > TRUTH_THRESHOLD).any():
+        raise InputError(f"--region {args.region} has no voxel above {TRUTH_THRESHOLD}")
+    return {args.region.name: ((slice(None),) * 3, weight_data)}, weight_data
+
+
+def planted_copies(
+    scan_data: np.ndarray, loss_data: np.ndarray, fluid: float, affine: np.ndarray,
+    deformation_mm: float, n_copies: int, rng: np.random.Generator,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Yield copies of a scan, (D, H, W), with some of its tissue lost to fluid.
+
+    The first is the scan itself, the others have other anatomy. What is 0 stays 0.
+    """
+    planted_data = scan_data + loss_data * (fluid - scan_data) * (scan_data != 0)
+    yield planted_data
+    shape, sizes_mm = scan_data.shape, voxel_sizes(affine)
+    fwhm_vox = DEFORMATION_FWHM_MM / sizes_mm.prod() ** (1 / 3)
+    for _ in range(n_copies - 1):
+        displaced = np.indices(shape, dtype=np.float32)
+        for axis in range(3):
+            displaced[axis] += deformation_mm / sizes_mm[axis] * smooth_noise(rng, shape, fwhm_vox)
+        yield map_coordinates(planted_data, displaced, order=1)
+
+
+def plant_into_scans(args: argparse.Namespace) -> None:
+    """Plant atrophy into given scans of controls, and write them."""
+    cohort = read_controls(args)
+    template = load_template(float(voxel_sizes(cohort.like_img.affine).mean()))
+    coordinates = template_coordinates(template, cohort.like_img)
+    fluid = find_fluid(cohort, template, coordinates)
+    shares, weight_data = find_shares(args, template, coordinates, cohort.like_img)
+    subjects = cohort.table.get("subject", cohort.table["path"])
+    names = subjects.unique()
+    drawn = np.random.default_rng(derived_seed(args.seed, purpose="patients"))
+    patients = set(drawn.permutation(len(names))[: len(names) // 2])
+    files.make_outpath(args.outpath)
+    rows, severities_of, n_seen = [], {}, dict.fromkeys(names, 0)
+    for row, scan in enumerate(utils.progress(cohort.scans, "planting", unit="scan")):
+        number = int(np.flatnonzero(names == subjects[row])[0])
+        rng, sparing, deforming = (
+            np.random.default_rng(derived_seed(args.seed, *keys, purpose=purpose))
+            for keys, purpose in (((number,), "severities"), ((number,), "spared regions"),
+                                  ((row,), "copies"))
+        )  # fmt: skip
+        factor = float(number in patients)
+        lost = draw_severities(list(shares), args.severity, args.spare, factor, rng, sparing)
+        loss_data = np.zeros(cohort.volume_shape, dtype=np.float32)
+        for name, (box, share_data) in shares.items():
+            loss_data[box] += lost[name] * share_data
+        n_seen[subjects[row]] += 1
+        scan_data = image.read_image(Path(scan), "scan").get_fdata(dtype=np.float32)
+        copies = planted_copies(
+            scan_data, loss_data, fluid[row], cohort.like_img.affine, args.deformation, args.copies,
+            deforming,
+        )  # fmt: skip
+        for copy, copy_data in enumerate(copies, 1):
+            file = f"sub-{number + 1:04d}_scan-{n_seen[subjects[row]]}_copy-{copy}.nii.gz"
+            image.write_image(args.outpath / file, copy_data, cohort.like_img)
+            rows.append({"path": file, "label": int(factor), "subject": subjects[row]})
+            severities_of[file] = {"scan": scan, "fluid": fluid[row], **lost}
+    facts = {"severities": severities_of}
+    write_cohort(args, rows, weight_data, template, coordinates, cohort.like_img, facts)
+
+
+def write_cohort(
+    args: argparse.Namespace, rows: list[dict], weight_data: np.ndarray, template: Template,
+    coordinates: np.ndarray, like_img: SpatialImage, facts: dict,
+) -> None:  # fmt: skip
+    """Write truth and brain in the template's own anatomy, the CSV and what was drawn."""
     truth_data = weight_data > TRUTH_THRESHOLD
-    write_image(outpath / "truth_weights.nii.gz", weight_data, like_img)
-    write_image(outpath / "truth.nii.gz", truth_data, like_img, np.uint8)
     brain_data = map_coordinates(template.brain_data, coordinates, order=1) > 0.5
-    write_image(outpath / "brain.nii.gz", brain_data, like_img, np.uint8)
-    return int(truth_data.sum())
+    image.write_image(args.outpath / "truth_weights.nii.gz", weight_data, like_img)
+    image.write_image(args.outpath / "truth.nii.gz", truth_data, like_img, np.uint8)
+    image.write_image(args.outpath / "brain.nii.gz", brain_data, like_img, np.uint8)
+    files.write_csv(args.outpath / "data.csv", pd.DataFrame(rows))
+    given = {key: value for key, value in vars(args).items() if value not in (None, [])}
+    settings = {key: value for key, value in given.items() if key != "outpath"}
+    general = {
+        "arguments": settings, "shape": like_img.shape, "affine": like_img.affine.tolist(),
+        "n_true_voxels": int(truth_data.sum()), "truth_threshold": TRUTH_THRESHOLD,
+        "versions": utils.versions(),
+    }  # fmt: skip
+    files.write_json(args.outpath / "simulation.json", general | facts)
+    utils.say(args.outpath / "data.csv")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     number = utils.number
-    parser = utils.make_parser(__doc__, "simulation", "--outpath", "--seed")
+    parser = utils.make_parser(__doc__, "simulation", "--outpath", "--seed", "--columns")
     option = parser.add_argument
     # fmt: off
-    option("--n", type=number(int, at_least=2), default=120, help="scans, half of them patients")
-    option("--voxel", type=number(float, at_least=1, below=20), default=4.0,
-           help="voxel side in mm; 1 gives the paper's 193×229×193 grid")
+    option("--n", type=number(int, at_least=2), default=None,
+           help=f"scans, half of them patients; left out: {N_SCANS}")
+    option("--voxel", type=number(float, at_least=1, below=20), default=None,
+           help="voxel side in mm; 1 gives the paper's 193×229×193 grid; left out: "
+                f"{VOXEL_MM:g}")
+    option("--scans", type=Path, default=None, metavar="CSV",
+           help="plant atrophy into these scans of controls: one a row, NIfTI file in MNI space, "
+                "label 0, optional subject")
+    option("--copies", type=number(int, at_least=1), default=None,
+           help="of each of --scans: the scan itself and, of one subject with it, deformed ones; "
+                "left out: 1")
+    option("--region", type=Path, default=None, metavar="MASK",
+           help="the tissue that patients of --scans can lose, 0 to 1 on their grid; left out: "
+                "the template's grey matter in nine regions")
     option("--severity", type=number(float, at_least=0), nargs=2, default=(0.3, 0.7),
            metavar=("LOW", "HIGH"), help="share of a patient's tissue lost, drawn per region")
+    option("--spare", type=number(float, at_least=0), default=0.0,
+           help="chance that a patient's region is spared")
+    option("--deformation", type=number(float, at_least=0), default=DEFORMATION_MM,
+           help="standard deviation of the displacement that registration leaves, in mm")
     # fmt: on
     args = parser.parse_args(argv)
     low, high = args.severity
     if not low <= high <= 1:
         parser.error(f"argument --severity: LOW ≤ HIGH ≤ 1 is needed, got {low:g} {high:g}")
+    if args.spare > 1:
+        parser.error(f"argument --spare: must be at most 1, got {args.spare:g}")
+    of_template = [name for name in ("n", "voxel") if getattr(args, name) is not None]
+    of_scans = [name for name in ("copies", "region") if getattr(args, name) is not None]
+    if args.scans and of_template:
+        parser.error(f"argument --{of_template[0]}: not with --scans")
+    if not args.scans and of_scans:
+        parser.error(f"argument --{of_scans[0]}: only with --scans")
+    defaults = {"copies": 1} if args.scans else {"n": N_SCANS, "voxel": VOXEL_MM}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    """Simulate a cohort."""
+    """Simulate a cohort, from the template or from given scans."""
     utils.start_log()
-    outpath = files.make_outpath(args.outpath)
-    template, like_img = load_template(args.voxel), cohort_grid(args.voxel)
-    coordinates = template_coordinates(template, like_img)
-    n_true_voxels = write_truth(outpath, template, coordinates, like_img)
-
-    rows, severities_of = [], {}
-    for index in utils.progress(range(args.n), "simulating", unit="scan"):
-        rng = np.random.default_rng([args.seed, index])
-        label = index % 2
-        name = f"sub-{index + 1:04d}.nii.gz"
-        factor = 1.0 if label == 1 else CONTROL_SEVERITY
-        severities = {region: factor * rng.uniform(*args.severity) for region in REGIONS}
-        scan_data = simulate_scan(template, coordinates, args.voxel, severities, rng)
-        write_image(outpath / name, scan_data, like_img)
-        rows.append({"path": name, "label": label})
-        severities_of[name] = severities
-
-    files.write_csv(outpath / "data.csv", pd.DataFrame(rows))
-    settings = {key: value for key, value in vars(args).items() if key != "outpath"}
-    affine = like_img.affine.tolist()
-    facts = {"shape": like_img.shape, "affine": affine, "n_true_voxels": n_true_voxels}
-    regions = {name: {"centre_mm": mm, "fwhm_mm": fwhm} for name, (mm, fwhm) in REGIONS.items()}
-    files.write_json(
-        outpath / "simulation.json",
-        {"arguments": settings, **facts, "regions": regions, "truth_threshold": TRUTH_THRESHOLD,
-         "versions": utils.versions(), "severities": severities_of},
-    )  # fmt: skip
-    utils.say(outpath / "data.csv")
+    if args.scans is None:
+        simulate_cohort(args)
+    else:
+        plant_into_scans(args)
 
 
 if __name__ == "__main__":
