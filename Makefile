@@ -2,35 +2,45 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+COHORT :=
 
-.PHONY: demo bench bench-full bench-gpu test test-processors test-slow lint format clean
+.PHONY: demo study bench bench-full bench-gpu test test-processors test-slow lint format clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# A cohort, five trained folds, LRP, IG and GGC maps, the same of untrained networks, the SVM, and how
-# well all of them find the planted atrophy.
+# A cohort, five trained folds, their maps, the same of untrained networks, the baselines, and how
+# well all of them find the planted atrophy. Typed again, it goes on.
+METHODS := LRP IG GGC SG
+EXPLAIN := --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output --model modelT16 \
+	--method $(METHODS) --target 1 --steps 20 --save-subjects --outpath $(DEMO)/maps --device cpu
+BASELINE := --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output --overwrite
+
 demo: .venv/ready
-	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 240 --voxel 6
+	$(BIN)/python simulate.py --outpath $(DEMO)/cohort --n 240 --voxel 6 $(COHORT)
 	$(BIN)/python train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/output \
 		--model modelT16 --lr 5e-4 --epochs 30 --patience 15 --device cpu
-	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT16 --method LRP IG GGC --target 1 --steps 20 --save-subjects \
-		--outpath $(DEMO)/maps --device cpu
-	$(BIN)/python heatmap.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--model modelT16 --method LRP IG GGC --target 1 --steps 20 --save-subjects \
-		--randomize --outpath $(DEMO)/maps --device cpu
-	$(BIN)/python svm.py --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output \
-		--outpath $(DEMO)/svm
-	$(BIN)/python compare.py --maps $(DEMO)/svm/SVM_weights_all.nii.gz \
-		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/maps/LRP_map_all.nii.gz \
-		$(DEMO)/maps/IG_map_all.nii.gz $(DEMO)/maps/GGC_map_all.nii.gz \
-		$(DEMO)/maps/LRP_contrast_all.nii.gz $(DEMO)/maps/IG_contrast_all.nii.gz \
-		$(DEMO)/maps/GGC_contrast_all.nii.gz --reference $(DEMO)/cohort/truth.nii.gz \
-		--mask $(DEMO)/cohort/brain.nii.gz --sign neg pos abs --fwhm 10 0 \
-		--run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/comparison
+	$(BIN)/python heatmap.py $(EXPLAIN)
+	$(BIN)/python heatmap.py $(EXPLAIN) --randomize
+	$(BIN)/python svm.py $(BASELINE) --outpath $(DEMO)/svm
+	$(BIN)/python ttest.py $(BASELINE) --outpath $(DEMO)/ttest
+	$(BIN)/python compare.py --maps $(METHODS:%=$(DEMO)/maps/%_map_all.nii.gz) \
+		$(METHODS:%=$(DEMO)/maps/%_contrast_all.nii.gz) $(DEMO)/svm/SVM_weights_all.nii.gz \
+		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/ttest/TTEST_map_all.nii.gz \
+		--reference $(DEMO)/cohort/truth.nii.gz --mask $(DEMO)/cohort/brain.nii.gz \
+		--sign neg pos abs --fwhm 10 0 --run $(DEMO)/output $(DEMO)/svm \
+		--outpath $(DEMO)/comparison
+
+# The demo in four cohorts, and what it says of the methods: docs/study.md. A folder that is finished
+# is skipped.
+study: .venv/ready
+	for mm in 1.5 4; do for spare in 0 0.5; do \
+		folder=study/$${mm}mm_$${spare}spared; \
+		test -f $$folder/comparison/report.html || $(MAKE) demo DEMO=$$folder \
+			COHORT="--deformation $$mm --spare $$spare" || exit 1; done; done
+	$(BIN)/python docs/study.py study
 
 # Each is quick as it is, and measures at the paper's size with --full.
 BENCHMARKS := attribution training_step loading scaling
@@ -69,4 +79,4 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(DEMO) .venv
+	rm -rf $(DEMO) study .venv
