@@ -13,7 +13,7 @@ COHORT :=
 
 # A cohort, five trained folds, their maps, the same of untrained networks, the baselines, and how
 # well all of them find the planted atrophy. Typed again, it goes on.
-METHODS := LRP IG GGC SG
+METHODS := IG SG GGC LRP
 EXPLAIN := --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output --model modelT16 \
 	--method $(METHODS) --target 1 --steps 20 --save-subjects --outpath $(DEMO)/maps --device cpu
 BASELINE := --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output --overwrite

@@ -28,23 +28,27 @@ run_differences.csv.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from nibabel import Nifti1Image
 
 import utils
-from comparing import measures, overlap, page
+from comparing import finding, measures, overlap, page, peaks
 from comparing.maps import Map, load_maps
-from comparing.measures import Settings
+from comparing.measures import Measured, Settings
 from comparing.runs import Run, differences, load_runs, runs_table
 from comparing.space import Space, load_atlas, load_space
 from reporting import metrics, pictures
 from run_folder import files
 from run_folder.processes import run_script
-from utils import log
+from utils import log, printable
 
+MAX_NAME = 80  # of a map, in names of files
 SHOWN = (
     "map", "sign", "fwhm", "dice_matched", "dice_matched_se", "average_precision",
     "average_precision_se", "roc_auc", "label_p", "label_p_untrained", "shift_p", "fold_r",
@@ -101,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
         atlas = load_atlas(args.atlas, args.atlas_labels, space) if args.atlas else None
         scratch = (measures.scratch_gb(maps, space), args.outpath)
         files.check_room({"smoothed maps of scans": scratch})
-        page.completeness_errors(maps)  # a damaged sidecar is refused before anything is written
+        finding.read_sidecars(maps)  # a damaged one is refused before anything is written
     files.make_outpath(args.outpath)
     utils.start_log(args.outpath / "compare.log")
     if runs:
@@ -132,12 +136,17 @@ def compare_maps(
     """Measure every map in every setting, write the tables and draw the page."""
     log.info("mask: %s, %d voxels", space.mask_source, space.mask_data.sum())
     settings = Settings(args.sign, args.fwhm, args.permutations, args.seed)
-    found, regions = {}, []
+    evidence_of, found, regions = overlap.SIGNS[args.sign[0]], {}, []
+    peaks_of, thresholds = {}, {}
     with utils.log_above_bars():
         for name, each in utils.progress(maps.items(), "maps"):
             found[name] = measures.measure(name, each, space, settings, args.outpath)
+            evidence = evidence_of(found[name].values)
+            thresholds[name] = peaks.threshold_of(evidence, space.inside)
+            peaks_of[name] = peaks.find_peaks(
+                found[name].values, evidence, thresholds[name], space, atlas
+            )
             if atlas is not None:
-                evidence = overlap.SIGNS[args.sign[0]](found[name].values)
                 regions += [{"map": name} | row for row in overlap.region_table(evidence, *atlas)]
     measures.add_controls(maps, found)
     table = pd.DataFrame([row for each in found.values() for row in each.rows])
@@ -147,13 +156,81 @@ def compare_maps(
         "differences": measures.differences_of_maps(maps, found),
         "regions": pd.DataFrame(regions),
     }
-    for name, each in tables.items():
-        if len(each):
-            files.write_csv(args.outpath / f"{name}.csv", each)
+    write_tables(args.outpath, tables, peaks_of)
     if space.inside is not None:
-        curves, p = {name: each.curve for name, each in found.items()}, space.inside.mean()
+        curves = {n: each.curve for n, each in found.items() if not maps[n].is_control}
+        p = space.inside.mean()
         pictures.plot_curves(args.outpath / "dice_curves.png", overlap.TOP_FRACTIONS, curves, p)
         pictures.plot_settings(args.outpath / "settings.png", table)
+    sidecars = finding.read_sidecars(maps)
+    drawn = draw_maps(args, maps, found, thresholds, sidecars, space)
+    said = write_report(
+        args, tables, found, peaks_of, thresholds, runs, maps, sidecars, space, drawn
+    )
+    shown = table[[name for name in SHOWN if name in table]]
+    utils.conclude(metrics.as_text(shown), *said, f"open {args.outpath / 'report.html'}")
+
+
+def write_tables(
+    outpath: Path, tables: dict[str, pd.DataFrame], peaks_of: dict[str, pd.DataFrame]
+) -> None:
+    """Write the tables that have rows, and each map's peaks."""
+    for name, each in tables.items():
+        if len(each):
+            files.write_csv(outpath / f"{name}.csv", each)
+    for name, each in peaks_of.items():
+        files.write_csv(outpath / f"{file_name(name)}_peaks.csv", each)
+
+
+def file_name(name: str) -> str:
+    """Return a map's name as that of a file; folders in it would lead elsewhere."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".")[:MAX_NAME]
+
+
+def draw_maps(
+    args: argparse.Namespace, maps: dict[str, Map], found: dict[str, Measured],
+    thresholds: dict[str, float], sidecars: dict[str, dict], space: Space,
+) -> Path | None:  # fmt: skip
+    """Draw each map but the controls as it was measured first; return the first picture.
+
+    The reference is an outline.
+    """
+    affine, reference_img = space.like_img.affine, None
+    background_img = Nifti1Image(space.background_img.get_fdata(dtype=np.float32), affine)
+    if space.reference_data is not None:
+        reference_img = Nifti1Image(space.reference_data.astype(np.float32), affine)
+    how = f"smoothed by {args.fwhm[0]:g} mm, " * bool(args.fwhm[0])
+    drawn = []
+    shown = {name: each for name, each in maps.items() if not each.is_control}
+    for name in utils.progress(shown, "pictures"):
+        data = np.zeros(space.mask_data.shape, dtype=np.float32)
+        data[space.mask_data] = found[name].values
+        limit = pictures.color_limit(data)
+        unit = str(sidecars[name].get("unit", "value"))
+        drawn += pictures.draw_slices(
+            args.outpath / file_name(name), Nifti1Image(data, affine), background_img,
+            pictures.label_of(f"{name}, {how}peaks of --sign {args.sign[0]}"),
+            pictures.label_of(printable(unit)), limit, min(thresholds[name], limit), reference_img,
+        )  # fmt: skip
+    return drawn[0] if drawn else None
+
+
+def write_report(
+    args: argparse.Namespace, tables: dict[str, pd.DataFrame], found: dict[str, Measured],
+    peaks_of: dict[str, pd.DataFrame], thresholds: dict[str, float], runs: list[Run],
+    maps: dict[str, Map], sidecars: dict[str, dict], space: Space, first_picture: Path | None,
+) -> list[str]:  # fmt: skip
+    """Write report.html; return the sentences that it begins with."""
+    settings = Settings(args.sign, args.fwhm, args.permutations, args.seed)
+    first = tables["comparison"].drop_duplicates("map")
+    judged = finding.judge(first, maps) if space.inside is not None else pd.DataFrame()
+    said = finding.verdicts(runs, sidecars)
+    is_void = any("explain nothing" in sentence for sentence in said)
+    said.append(
+        finding.sentence_of(judged, settings, is_void) if len(judged)
+        else finding.of_stability(first)
+    )  # fmt: skip
+    versions = utils.versions()
     facts = {
         "Command": args.command,
         "Reference": f"{args.reference}, above {args.reference_threshold:g}; "
@@ -163,13 +240,19 @@ def compare_maps(
         "Evidence": f"--sign {' '.join(args.sign)}, smoothed by "
         f"{' or '.join(f'{fwhm:g}' for fwhm in args.fwhm)} mm; the first of each leads",
         "Background": space.background_source,
-        "Versions": ", ".join(f"{k} {v}" for k, v in utils.versions().items()),
+        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "Made": utils.now(),
     }  # fmt: skip
-    page_path = args.outpath / "report.html"
-    page.write_page(page_path, facts, tables, runs, maps, space)
-    shown = table[[name for name in SHOWN if name in table]]
-    utils.conclude(metrics.as_text(shown), *page.verdicts(runs, maps), f"open {page_path}")
+    parts = page.page_parts(
+        said, finding.warnings_of(first, runs, sidecars), facts,
+        finding.methods_paragraph(first, runs, sidecars, space, settings, versions), tables, judged,
+        peaks_of, runs, maps, args.permutations, args.outpath, first_picture,
+    )  # fmt: skip
+    values = {name: each.values for name, each in found.items()}
+    data = page.viewer_data(maps, sidecars, values, thresholds, peaks_of, args.fwhm[0], space)
+    content = page.write_page(parts | page.explanations(settings, space), data)
+    files.write_bytes(args.outpath / "report.html", content)
+    return said
 
 
 if __name__ == "__main__":

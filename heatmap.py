@@ -80,9 +80,10 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
     results = (
         f"{stem}_predictions_f*.csv", f"{stem}_predictions.csv",
         *(f"{stem}_{kind}_f*.nii.gz" for kind in maps.KINDS),
-        *(f"{stem}_map_{name}{fold}.nii.gz" for name in maps.OUTCOMES for fold in ("", "_f*")),
+        *(f"{stem}_map_{name}_f*.nii.gz" for name in maps.OUTCOMES),
+        *(f"{stem}_map_{name}.{suffix}" for name in maps.OUTCOMES for suffix in maps.SUFFIXES),
         *(f"{stem}_{kind}_all.{suffix}" for kind in maps.KINDS
-          for suffix in ("nii.gz", "json", "png", "html")),
+          for suffix in maps.SUFFIXES),
         f"{stem}_subjects/[0-9]*_f*.nii.gz",
     )  # fmt: skip
     drawn = ("seed",) if args.randomize or method == "SG" else ()
@@ -250,10 +251,17 @@ def assemble(
     stem, n_folds = stem_of(args, method), run.record["n_folds"]
     with locked(args.outpath, "mean_scan", wait=True):
         table, shares, written = mean_maps.assemble(
-            args.outpath, stem, n_folds, cohort.like_img, args.by_outcome, args.mean == "equal"
+            args.outpath,
+            stem,
+            n_folds,
+            cohort.like_img,
+            args.by_outcome,
+            args.mean == "equal",
+            f"{method} of {maps.LOGITS[args.target]}, {args.model}, mean over folds",
         )
     verdict = None if args.randomize else verdict  # it is about trained networks
     found = mean_maps.describe(method, table, shares)
+    unit = maps.UNITS[method].format(maps.LOGITS[args.target])
     checkpoints_sha256 = dict(run.record["modelpath_sha256"])
     checkpoints_sha256.pop("splits.csv", None)
     sidecar = {
@@ -261,6 +269,7 @@ def assemble(
         "random_weights": args.randomize,
         "parameters": parameters_of(args, method),
         "target": args.target,
+        "unit": unit,
         "subjects": args.subjects,
         "model": args.model,
         "seed": args.seed,
@@ -280,12 +289,14 @@ def assemble(
         if map_stem.with_suffix(".nii.gz") not in written:
             continue
         files.write_json(map_stem.with_suffix(".json"), sidecar | {"map": kind})
-        title = f"{method} of random weights" if args.randomize else f"{method}, mean over folds"
-        title += ", patients less controls" * (kind == "contrast")
-        title += ", not all scans held out" * (found["held_out"] is False)
-        title += f" · {verdict.short}" if verdict else ""
-        drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title)
+        title = maps.title_of(sidecar | {"map": kind}) + (f" · {verdict.short}" if verdict else "")
+        drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title, unit)
         written += [map_stem.with_suffix(".json"), *drawn]
+    for outcome, n_scans in table["outcome"].value_counts().items():
+        map_stem = args.outpath / f"{stem}_map_{outcome}"
+        if map_stem.with_suffix(".nii.gz") in written:
+            title = f"{method}, {maps.OUTCOME_NAMES[outcome]} ({outcome}): {n_scans} scans"
+            written += pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title, unit)
     return written
 
 

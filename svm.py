@@ -38,7 +38,7 @@ RESULTS = (
     "predictions.csv", "intercepts.csv", "metrics.csv", "roc.png", "splits.csv", maps.MEAN_SCAN,
     maps.COVERAGE,
     *(f"SVM_{name}_f*.nii.gz" for name in MAPS),
-    *(f"SVM_{name}_all.{suffix}" for name in MAPS for suffix in ("nii.gz", "json", "png", "html")),
+    *(f"SVM_{name}_all.{suffix}" for name in MAPS for suffix in maps.SUFFIXES),
 )  # fmt: skip
 
 
@@ -66,10 +66,9 @@ def write_maps(
     """Write each fold's maps, (folds, kinds, D, H, W), and their means; return the latter."""
     written = []
     for name, of_folds in zip(MAPS, fold_maps.swapaxes(0, 1), strict=True):
-        sidecar = {"method": f"SVM {name}", "parameters": {"C": args.C}, "n_folds": len(of_folds)}
-        title = f"SVM {name}, mean over folds"
+        sidecar = {"parameters": {"C": args.C}}
         written += mean_maps.write_baseline(
-            args.outpath, f"SVM_{name}", of_folds, cohort.like_img, sidecar, title
+            args.outpath, f"SVM_{name}", of_folds, cohort.like_img, f"SVM {name}", sidecar
         )
     return written
 

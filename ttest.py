@@ -34,10 +34,11 @@ from run_folder.run import RunFolder, new_record
 from utils import InputError, log, some_of
 
 ALPHA = 0.05
+METHOD = "Welch's t"
 KINDS = ("map", "t")
 RESULTS = (
     "TTEST_p_all.nii.gz", "splits.csv", maps.MEAN_SCAN, maps.COVERAGE, "TTEST_map_f*.nii.gz",
-    *(f"TTEST_{k}_all.{suffix}" for k in KINDS for suffix in ("nii.gz", "json", "png", "html")),
+    *(f"TTEST_{k}_all.{suffix}" for k in KINDS for suffix in maps.SUFFIXES),
 )  # fmt: skip
 NOTES = (
     "voxels of whole scans are compared: this is no voxel-based morphometry",
@@ -74,11 +75,10 @@ def write_maps(
 ) -> list[Path]:  # fmt: skip
     """Write the t of the folds and their mean, that of all scans and its p; return the files."""
     t_data = t.reshape(-1, *cohort.volume_shape)
-    sidecar = {"method": "Welch's t, patients minus controls", "notes": NOTES, **facts}
+    sidecar = {"notes": NOTES, **facts}
     written = mean_maps.write_baseline(
-        args.outpath, "TTEST_map", t_data[:-1], cohort.like_img,
-        sidecar | {"n_folds": len(t) - 1}, "Welch's t, mean over folds",
-    )  # fmt: skip
+        args.outpath, "TTEST_map", t_data[:-1], cohort.like_img, METHOD, sidecar
+    )
     if args.permutations:
         p = group_difference.familywise_p(t[-1], largest)
         threshold = float(np.quantile(largest, 1 - ALPHA, method="higher"))
@@ -92,7 +92,7 @@ def write_maps(
             "family-wise p of %g: |t| ≥ %.3g, reached by %d voxels", ALPHA, threshold, n_significant
         )
     written += mean_maps.write_baseline(
-        args.outpath, "TTEST_t", t_data[-1:], cohort.like_img, sidecar, "Welch's t of all scans"
+        args.outpath, "TTEST_t", t_data[-1:], cohort.like_img, METHOD, sidecar | {"n_folds": None}
     )
     return written
 
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
         args.modelpath, cohort.table, cohort.scans, args.fold, args.val_fraction, args.seed
     )
     subjects, members = find_members(cohort, splits)
-    facts = {"model": "Welch's t", "n_folds": folds.count(splits), **cohort.facts(args.path)}
+    facts = {"model": METHOD, "n_folds": folds.count(splits), **cohort.facts(args.path)}
     record = new_record("ttest.py", vars(args), **facts)
     run = RunFolder(args.outpath, "run", record, (), RESULTS)
     if run.check(args.overwrite):

@@ -22,6 +22,11 @@ class Map:
     scans: pd.DataFrame | None = None  # what `find_scans` found
 
     @property
+    def is_control(self) -> bool:
+        """Whether it is of untrained networks."""
+        return "_random_" in self.path.name
+
+    @property
     def is_contrast(self) -> bool:
         """Whether it is patients' mean map less controls'."""
         return "_contrast_all.nii" in self.path.name
@@ -48,9 +53,8 @@ def load_maps(paths: list[Path]) -> dict[str, Map]:
 
 def control_path(path: Path) -> Path:
     """Return where heatmap.py --randomize puts the control of a map; of others, their own path."""
-    is_control = "_random_" in path.name
     name = re.sub(r"(_(map|contrast)_all\.nii)", r"_random\1", path.name)
-    return path if is_control else path.with_name(name)
+    return path if "_random_" in path.name else path.with_name(name)
 
 
 def with_controls(paths: list[Path]) -> list[Path]:

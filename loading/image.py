@@ -192,11 +192,13 @@ def describe_volume(volume_data: np.ndarray, n_nonfinite: int) -> dict:
 
 
 def write_image(
-    path: Path, data: np.ndarray, like_img: SpatialImage, dtype: type = np.float32
-) -> None:
+    path: Path, data: np.ndarray, like_img: SpatialImage, dtype: type = np.float32,
+    labels: dict[str, str | float] | None = None,
+) -> None:  # fmt: skip
     """Write data (D, H, W) as a .nii or .nii.gz image in the space of a scan.
 
-    That is its affine and, of NIfTI, sform and qform with their codes, and the units.
+    That is its affine and, of NIfTI, sform and qform with their codes, and the units. `labels` are
+    fields of the header that viewers show: descrip, intent_name, cal_min, cal_max.
     """
     map_img = nib.Nifti1Image(np.asarray(data, dtype=dtype), like_img.affine)
     if isinstance(like_img.header, nib.Nifti1Header):
@@ -208,6 +210,9 @@ def write_image(
             map_img.header[field] = value / length
     else:
         map_img.header.set_xyzt_units("mm")
+    for field, value in (labels or {}).items():
+        is_text = isinstance(value, str)
+        map_img.header[field] = value.encode("ascii", "replace") if is_text else value
     content = map_img.to_bytes()
     if path.suffix == ".gz":
         content = igzip.compress(content, COMPRESSION, mtime=0)

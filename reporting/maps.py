@@ -16,6 +16,28 @@ from utils import InputError
 OUTCOMES = ("TP", "TN", "FP", "FN")
 KINDS = ("map", "contrast")  # of mean maps: of all scans, and patients' less controls'
 GROUPS = ("controls", "patients")  # by label
+SUFFIXES = ("nii.gz", "json", "png", "pdf", "html")  # of a mean map and what belongs to it
+LOGITS = {  # that --target explains
+    "label": "the own class's logit", "predicted": "the predicted class's logit",
+    "0": "the controls' logit", "1": "the patients' logit",
+}  # fmt: skip
+UNITS = {  # of a method's maps
+    "LRP": "relevance for {}, per voxel",
+    "IG": "contribution to {}, per voxel",
+    "GGC": "guided gradient of {} × Grad-CAM",
+    "SG": "gradient of {} by intensity",
+    "SVM weights": "gradient of the decision by intensity",
+    "SVM pattern": "intensity per unit of decision",
+    "Welch's t": "Welch's t, patients minus controls",
+}
+PARAMETERS = {  # of a method, as titles have them
+    "beta": "β = {}", "n_steps": "{} steps", "n_samples": "{} samples", "noise": "noise {}",
+    "cam": "--cam {}", "C": "C = {}",
+}  # fmt: skip
+OUTCOME_NAMES = {
+    "TP": "patients, found", "TN": "controls, found", "FP": "controls taken for patients",
+    "FN": "patients taken for controls",
+}  # fmt: skip
 MEAN_SCAN = "mean_scan.nii.gz"
 COVERAGE = "coverage.nii.gz"  # the share of explained scans that are not 0 in a voxel
 NO_CHANGE = 0.01  # of the logit, below which IG's completeness error says nothing
@@ -160,6 +182,25 @@ class FoldMaps:
             image.write_image(path, map_data, self.like_img)
         table = pd.DataFrame(list(self.lines.values()))
         files.write_csv(self.outpath / f"{self.stem}_predictions_f{self.fold}.csv", table)
+
+
+def title_of(sidecar: dict) -> str:
+    """Return a title for a mean map from its record, of which any part may be missing."""
+    given, of_folds = (sidecar.get(key) for key in ("parameters", "scans_per_fold"))
+    given, of_folds = (each if isinstance(each, dict) else {} for each in (given, of_folds))
+    parameters = [text.format(given[name]) for name, text in PARAMETERS.items() if name in given]
+    title = str(sidecar.get("method", "a map")) + f" ({', '.join(parameters)})" * bool(parameters)
+    if logit := LOGITS.get(str(sidecar.get("target"))):
+        title += f" of {logit}"
+    if sidecar.get("map") == "contrast":
+        title += ", patients less controls"
+    if model := sidecar.get("model"):
+        title += f" · {'untrained ' * bool(sidecar.get('random_weights'))}{model}"
+    if n_folds := len(of_folds) or sidecar.get("n_folds"):
+        title += f" · {n_folds} folds"
+    n_scans = sum(n for n in of_folds.values() if isinstance(n, int))
+    title += f", {n_scans} scans" * bool(n_scans)
+    return title + ", not all held out" * (sidecar.get("held_out") is False)
 
 
 def completeness_error(method: str, total: float, logit: float, zero_logit: float) -> float:

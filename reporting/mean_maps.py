@@ -17,8 +17,10 @@ from reporting.maps import (
     MEAN_SCAN,
     OUTCOMES,
     TABLE_COLUMNS,
+    UNITS,
     RunningMean,
     read_map,
+    title_of,
 )  # fmt: skip
 from run_folder import files
 from utils import log, named
@@ -41,14 +43,21 @@ def power(data: np.ndarray, mask_data: np.ndarray) -> float:
 
 
 def assemble(
-    outpath: Path, stem: str, n_folds: int, like_img: SpatialImage, by_outcome: bool, equal: bool
+    outpath: Path,
+    stem: str,
+    n_folds: int,
+    like_img: SpatialImage,
+    by_outcome: bool,
+    equal: bool,
+    described: str,
 ) -> tuple[pd.DataFrame, dict[int, float], list[Path]]:
     """Write what a method found over all folds, from each fold's maps and table.
 
     With `equal` each fold's map is scaled to the mean of all folds' root mean squares before the
     mean over folds, and its contrast with it; maps that are 0 are left out. Contrasts are those of
-    the folds that have one. Returns all folds' lines, each fold's share of the power (sum of
-    squares, where at least half of the scans are not 0), and the files.
+    the folds that have one. `described` goes into the maps' headers. Returns all folds' lines, each
+    fold's share of the power (sum of squares, where at least half of the scans are not 0), and the
+    files.
     """
     shape = image.volume_shape(like_img)
     paths = [outpath / f"{stem}_predictions_f{fold}.csv" for fold in range(n_folds)]
@@ -78,7 +87,8 @@ def assemble(
                 mean.add(read_map(path, shape) * weight)
         if mean.n:
             written.append(outpath / f"{stem}_{kind}_all.nii.gz")
-            image.write_image(written[-1], mean.mean(), like_img)
+            labels = pictures.color_labels(mean.mean(), f"{stem} {kind}", described)
+            image.write_image(written[-1], mean.mean(), like_img, labels=labels)
         if 0 < mean.n < len(weights):
             missing = [f for f in weights if not (outpath / f"{stem}_{kind}_f{f}.nii.gz").is_file()]
             log.warning(NO_CONTRAST, stem, named("fold", missing))
@@ -131,8 +141,8 @@ def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set
 
 
 def write_baseline(
-    outpath: Path, name: str, of_folds: np.ndarray, like_img: SpatialImage, sidecar: dict,
-    title: str,
+    outpath: Path, name: str, of_folds: np.ndarray, like_img: SpatialImage, method: str,
+    sidecar: dict,
 ) -> list[Path]:  # fmt: skip
     """Write a baseline's maps of the folds, (n_folds, D, H, W), and what belongs to their mean.
 
@@ -143,11 +153,16 @@ def write_baseline(
             image.write_image(outpath / f"{name}_f{fold}.nii.gz", map_data, like_img)
     stem = outpath / f"{name}_all"
     mean_data = of_folds.mean(0, dtype=np.float64)
-    image.write_image(stem.with_suffix(".nii.gz"), mean_data, like_img)
+    sidecar = {"method": method, "n_folds": len(of_folds)} | sidecar
+    title = title_of(sidecar)
+    labels = pictures.color_labels(mean_data, name, title)
+    image.write_image(stem.with_suffix(".nii.gz"), mean_data, like_img, labels=labels)
     general = {
-        "background": MEAN_SCAN, "orientation": image.orientation_of(like_img),
+        "unit": UNITS[method],
+        "background": MEAN_SCAN,
+        "orientation": image.orientation_of(like_img),
         "versions": utils.versions(),
-    }  # fmt: skip
+    }
     files.write_json(stem.with_suffix(".json"), sidecar | general)
-    drawn = pictures.draw_map(stem, outpath / MEAN_SCAN, title)
+    drawn = pictures.draw_map(stem, outpath / MEAN_SCAN, title, UNITS[method])
     return [stem.with_suffix(".nii.gz"), stem.with_suffix(".json"), *drawn]

@@ -272,7 +272,8 @@ def test_without_a_reference(scans_path, inputs, tmp_path):
     ]
     assert of_maps.loc["IG", "LRP"] == pytest.approx(np.corrcoef(values)[0, 1], abs=1e-5)
     assert "No --reference was given" in (tmp_path / "out" / "report.html").read_text()
-    assert not list((tmp_path / "out").glob("*.png"))
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {f"{m}{kind}.png" for m in ("IG", "LRP") for kind in ("", "_contrast")}
 
 
 @pytest.mark.parametrize("name", ["map", "fold_r", "sign", "0"])

@@ -77,7 +77,9 @@ def maps_path(cohort_csv, run_path, tmp_path_factory) -> Path:
 def test_files(maps_path):
     names = {"mean_scan.nii.gz", "mean_scan_f0.nii.gz", "mean_scan_f1.nii.gz", "heatmap.log"}
     for method in METHODS:
-        names |= {f"{method}_map_all{suffix}" for suffix in (".nii.gz", ".json", ".png", ".html")}
+        names |= {
+            f"{method}_map_all{suffix}" for suffix in (".nii.gz", ".json", ".png", ".pdf", ".html")
+        }
         names |= {f"{method}_map_f{fold}.nii.gz" for fold in range(N_FOLDS)}
         names |= {f"{method}_predictions.csv", f"{method}_run.json", f"{method}_subjects"}
     assert names <= {path.name for path in maps_path.iterdir()}
@@ -172,7 +174,7 @@ def test_sidecar(maps_path, run_path):
 
 def test_viewer_works_offline(maps_path):
     page = (maps_path / "LRP_map_all.html").read_text()
-    assert "LRP, mean over folds" in page
+    assert "LRP (β = 0.5) of the own class&#x27;s logit · modelT8 · 2 folds, 16 scans" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|rel="stylesheet" href""", page)
 
 

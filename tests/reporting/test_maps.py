@@ -65,7 +65,7 @@ def test_folds_of_unequal_size(tmp_path):
         for name in ("mean_scan", "coverage"):
             nib.save(nib.Nifti1Image(mean_scan, AFFINE), tmp_path / f"{name}_f{fold}.nii.gz")
     table, shares, written = mean_maps.assemble(
-        tmp_path, "LRP", 2, LIKE_IMG, by_outcome=True, equal=False
+        tmp_path, "LRP", 2, LIKE_IMG, by_outcome=True, equal=False, described="LRP"
     )
     powers = [np.square(data[0]).sum(), np.square((data[1] + data[2]) / 2).sum()]
     assert shares == pytest.approx(dict(enumerate(powers / np.sum(powers))), rel=1e-5)
@@ -91,7 +91,7 @@ def test_a_fold_of_one_label_has_no_contrast(tmp_path, caplog):
         of_fold.write()
         for name in ("mean_scan", "coverage"):
             nib.save(LIKE_IMG, tmp_path / f"{name}_f{fold}.nii.gz")
-    mean_maps.assemble(tmp_path, "LRP", 2, LIKE_IMG, by_outcome=False, equal=False)
+    mean_maps.assemble(tmp_path, "LRP", 2, LIKE_IMG, by_outcome=False, equal=False, described="LRP")
     found = maps.read_map(tmp_path / "LRP_contrast_all.nii.gz", SHAPE)
     assert found == pytest.approx(data[1] - data[0], abs=1e-6)
     assert "LRP: the contrast leaves out fold 1, where all scans" in caplog.text
