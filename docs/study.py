@@ -34,11 +34,16 @@ def read(folder: Path) -> pd.DataFrame:
     return table[(table["sign"] == sign) & (table["fwhm"] == FWHM_MM)].set_index("map")
 
 
+def setting_of(folder: Path) -> tuple[float, float]:
+    """Return deformation in mm and share of spared regions, as a folder's name has them."""
+    deformation, _, spared = folder.name.removesuffix("spared").partition("mm_")
+    return float(deformation), float(spared)
+
+
 def title_of(folder: Path) -> str:
     """Return what a folder's name says of its cohort."""
-    deformation, _, spared = folder.name.removesuffix("spared").partition("_")
-    share = f"{100 * float(spared):.0f} % of regions spared" if float(spared) else "uniform"
-    return f"{deformation.replace('mm', ' mm')}, {share}"
+    deformation, spared = setting_of(folder)
+    return f"{deformation:g} mm, {'half of the regions spared' if spared else 'uniform'}"
 
 
 def cell(row: pd.Series) -> str:
@@ -82,18 +87,21 @@ def draw(path: Path, folders: list[Path], tables: list[pd.DataFrame]) -> None:
             control, rows, "o", color="0.6", fillstyle="none", label="untrained", markersize=6
         )
         axis.axvline(table["p"].iloc[0], linestyle=":", color="0.5")
-        axis.set(xlim=(-0.03, 1), title=title_of(folder), xlabel="Dice, matched size")
+        axis.set(
+            xlim=(-0.03, 1), title=title_of(folder).replace(", ", "\n"), xlabel="Dice, matched size"
+        )
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.93")
     axes[0].set_yticks(rows, [NAMES[name] for name in trained])
-    axes[0].legend(loc="lower right", fontsize=8, frameon=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main(study: Path) -> None:
     """Put the finished cohorts beside each other."""
-    folders = sorted(study.glob("*mm_*spared"), key=lambda f: (f.name.partition("mm")[0], f.name))
+    folders = sorted(study.glob("*mm_*spared"), key=setting_of)
     tables = [read(folder) for folder in folders]
     print_table(folders, tables)
     draw(Path(__file__).with_suffix(".png"), folders, tables)
