@@ -209,8 +209,9 @@ def draw_maps(
         unit = str(sidecars[name].get("unit", "value"))
         drawn += pictures.draw_slices(
             args.outpath / file_name(name), Nifti1Image(data, affine), background_img,
-            pictures.label_of(f"{name}, {how}peaks of --sign {args.sign[0]}"),
-            pictures.label_of(printable(unit)), limit, min(thresholds[name], limit), reference_img,
+            pictures.label_of(f"{name}, {how}--sign {args.sign[0]}", MAX_NAME),
+            pictures.label_of(printable(unit), MAX_NAME), limit, min(thresholds[name], limit),
+            reference_img,
         )  # fmt: skip
     return drawn[0] if drawn else None
 

@@ -139,9 +139,9 @@ def plot_curves(path: Path, fractions: np.ndarray, curves: dict[str, np.ndarray]
     save_figure(figure, path)
 
 
-def label_of(name: str) -> str:
+def label_of(name: str, n_letters: int = MAX_LABEL) -> str:
     """Return a name as matplotlib shows it: no formula, not hidden by an underscore in front."""
-    shown = name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 1]}…"
+    shown = name if len(name) <= n_letters else f"{name[: n_letters - 1]}…"
     return re.sub(r"^_", "\u200b_", shown.replace("$", r"\$"))
 
 

@@ -147,7 +147,7 @@ def test_page_in_a_browser(page_path, tmp_path, width):
     assert found["wide"] == [] and found["overlaps"] == 0
     for data, peak, values in zip(maps_data, found["peaks"], found["values"], strict=True):
         expected = [data[tuple(voxel)] for voxel in (peak, *places)]
-        assert values == pytest.approx(expected, rel=1e-6)
+        assert values == pytest.approx(expected, rel=2e-5)
 
 
 def test_peaks_are_those_of_the_evidence(page_path):
@@ -158,7 +158,7 @@ def test_peaks_are_those_of_the_evidence(page_path):
     largest = np.unravel_index(np.abs(values).argmax(), SHAPE)
     place = nib.affines.apply_affine(img.affine, largest)
     assert table.loc[0, ["x", "y", "z"]].tolist() == pytest.approx(place)
-    assert table.loc[0, "value"] == pytest.approx(values[largest], rel=1e-5)
+    assert table.loc[0, "value"] == pytest.approx(values[largest], rel=2e-5)
     assert set(table["region"].dropna()) <= {"hippocampus"}
 
 
@@ -207,6 +207,6 @@ def test_shrink_keeps_places_and_means():
     found = page.shrink(nib.Nifti1Image(data, affine))
     assert found.shape == (4, 4, 2)  # 2 mm: blocks of 2 × 2 × 4, the rest is cut off
     expected = data[6:8, 0:2, 0:4].mean()
-    assert found.get_fdata()[0, 0, 0] == pytest.approx(expected, rel=1e-5)
+    assert found.get_fdata()[0, 0, 0] == pytest.approx(expected, rel=2e-5)
     centre = nib.affines.apply_affine(affine, [6.5, 0.5, 1.5])
     assert found.affine[:3, 3] == pytest.approx(centre)
