@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from utils import InputError, log, progress, some_of
 
 BIDS_SUBJECT = r"(?:^|[/\\_])(sub-[A-Za-z0-9]+)"  # the first in a path
 N_SHOWN = 3  # problems of one kind
+NO_LABEL = -1
 N_CHECK_THREADS = 8
 
 Problems = defaultdict[str, list[str]]  # by kind
@@ -35,15 +37,24 @@ class Cohort:
     scans: list[str]  # their files, absolute
     volume_shape: tuple[int, int, int]  # of every scan, in voxels
     like_img: SpatialImage  # the first scan, unread: its header says where the cohort lies
+    covariates: pd.DataFrame | None = None  # a row a scan: numbers, or words
 
     @property
     def labels(self) -> np.ndarray:
-        """Label of each scan, int64."""
+        """Label of each scan, int64; −1 where there is none."""
         return self.table["label"].to_numpy()
 
     def volumes(self, folder: Path | None, n_workers: int) -> Volumes:
         """Return the scaled volumes, kept in a folder once decoded (None: decoded every time)."""
         return Volumes(self.scans, self.labels, self.volume_shape, folder, n_workers)
+
+    def seen(self, trained: pd.DataFrame) -> list[str]:
+        """Return the paths of scans that are among those trained on, by size and then content."""
+        volumes, sizes = self.volumes(None, 1), set(trained["bytes"])
+        alike = [row for row, scan in enumerate(self.scans) if Path(scan).stat().st_size in sizes]
+        crc32 = {row: image.describe_volume(volumes[row], 0)["crc32"] for row in alike}
+        rows = [row for row in alike if crc32[row] in set(trained["crc32"])]
+        return self.table["path"].iloc[rows].tolist()
 
     def facts(self, csv_path: Path) -> dict:
         """Return what a run's record says of the cohort: scans count by size, whenever copied."""
@@ -68,23 +79,26 @@ def scan_keys(file: Path) -> set[str]:
 
 
 def parse_rows(
-    sheet: table.Sheet, labels: dict[str, int], leaves_out: bool
+    sheet: table.Sheet, labels: dict[str, int], wanted: Wanted
 ) -> tuple[pd.DataFrame, Problems]:
     """Return the scans that the rows name, with their file and line, and the problems found.
 
-    Rows whose label means nothing are problems, unless they are to be left out.
+    Rows whose label means nothing are problems, unless `wanted` leaves them out.
     """
+    covariates = sheet.covariate_columns(wanted.covariates)
     folder, has_subjects = sheet.path.parent, "subject" in sheet.column_of
     scans, problems, line_of_scan = [], defaultdict(list), {}
     for line, cells in sheet.rows:
-        if len(cells) < 2:
+        if len(cells) < 2 and wanted.needs_labels:
             rule = "needs a path and a label separated by a comma"
             problems["cells"].append(f"row {line}: {rule}, got {shown(cells[0])}")
             continue
         path, word, subject = (sheet.cell(cells, role) for role in table.ROLES)
         label = labels.get(word)
+        if label is None and not wanted.needs_labels and word.casefold() in table.MISSING:
+            label = NO_LABEL
         if label is None:
-            if leaves_out:
+            if wanted.positive:
                 continue
             problems["label"].append(f"row {line}: label must be 0 or 1, got {shown(word)}")
         if has_subjects and subject.casefold() in table.MISSING:
@@ -100,10 +114,45 @@ def parse_rows(
             already = f"{shown(path)} is listed already, in row {first_line}"
             problems["twice"].append(f"row {line}: {already}")
             continue
-        scans.append((path, label, subject, str(file), line, word))
-    columns = ["path", "label", "subject", "file", "line", "word"]
+        values = [cells[column] if column < len(cells) else "" for column in covariates.values()]
+        scans.append((path, label, subject, str(file), line, word, *values))
+    columns = ["path", "label", "subject", "file", "line", "word", *covariates_named(covariates)]
     scans_table = pd.DataFrame(scans, columns=columns)
     return scans_table if has_subjects else scans_table.drop(columns="subject"), problems
+
+
+def covariates_named(names: Iterable[str]) -> list[str]:
+    """Return the names of the covariates' columns in a cohort's table while it is checked."""
+    return [f"covariate {name}" for name in names]
+
+
+def read_covariates(
+    scans_table: pd.DataFrame, names: Sequence[str]
+) -> tuple[pd.DataFrame | None, Problems]:
+    """Return the covariates, numbers or words, and the rows that lack one or mix both.
+
+    An InputError if one is the same in all rows.
+    """
+    values, problems = {}, defaultdict(list)
+    for name, column in zip(names, covariates_named(names), strict=True):
+        texts = scans_table[column]
+        numbers = pd.to_numeric(
+            texts.str.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True), errors="coerce"
+        )
+        is_missing = texts.str.casefold().isin(table.MISSING)
+        is_word = numbers.isna() & ~is_missing
+        if is_word.any() and not is_word[~is_missing].all():
+            for line, text in zip(scans_table["line"][is_word], texts[is_word], strict=True):
+                rule = f"{name} is a number in other rows, got {shown(text)}"
+                problems[column].append(f"row {line}: {rule}")
+        problems[column] += [
+            f"row {line}: {name} is missing" for line in scans_table["line"][is_missing]
+        ]
+        values[name] = texts if is_word.any() else numbers
+        if not is_missing.any() and values[name].nunique() < 2:
+            raise InputError(f"--covariates {name}: it is {texts.iloc[0]} in all rows")
+    found = {column: lines for column, lines in problems.items() if lines}
+    return (pd.DataFrame(values) if names else None), defaultdict(list, found)
 
 
 def check_scans(scans_table: pd.DataFrame) -> tuple[str, Problems]:
@@ -153,19 +202,21 @@ def check_scans(scans_table: pd.DataFrame) -> tuple[str, Problems]:
 def read_cohort(csv_path: Path, wanted: Wanted | None = None) -> Cohort:
     """Read the CSV and check every scan; an InputError has the problems found, with their rows."""
     wanted = wanted or Wanted()
-    scans_table, like_file = from_first(lambda: _check_cohort(csv_path, wanted))
+    scans_table, like_file, covariates = from_first(lambda: _check_cohort(csv_path, wanted))
     like_img = nib.load(like_file)
     columns, scans = scans_table.drop(columns="file"), scans_table["file"].tolist()
-    return Cohort(columns, scans, image.volume_shape(like_img), like_img)
+    return Cohort(columns, scans, image.volume_shape(like_img), like_img, covariates)
 
 
-def _check_cohort(csv_path: Path, wanted: Wanted) -> tuple[pd.DataFrame, str]:
-    """Return the cohort's table and the file of its first scan, or raise what is wrong."""
+def _check_cohort(csv_path: Path, wanted: Wanted) -> tuple[pd.DataFrame, str, pd.DataFrame | None]:
+    """Return the cohort's table, the file of its first scan, and covariates, or what is wrong."""
     sheet = table.read_sheet(csv_path, wanted)
-    labels = table.find_labels(sheet, wanted)
-    scans_table, problems = parse_rows(sheet, labels, bool(wanted.positive))
+    labels = table.find_labels(sheet, wanted) if "label" in sheet.column_of else {}
+    scans_table, problems = parse_rows(sheet, labels, wanted)
+    covariates, covariate_problems = read_covariates(scans_table, wanted.covariates)
+    scans_table = scans_table.drop(columns=covariates_named(wanted.covariates))
     like_file, scan_problems = check_scans(scans_table)
-    problems |= scan_problems
+    problems |= scan_problems | covariate_problems
     if problems:
         lines = [f"{csv_path}:"]
         for found in sorted(problems.values(), key=row_of):
@@ -183,13 +234,14 @@ def _check_cohort(csv_path: Path, wanted: Wanted) -> tuple[pd.DataFrame, str]:
         if subjects.notna().all() and subjects.duplicated().any():
             scans_table["subject"] = subjects
             subject = "sub-… in the paths (--no-subjects turns this off)"
-    log.info(summary(sheet, scans_table, subject))
+    used = sheet.covariate_columns(wanted.covariates).values()
+    log.info(summary(sheet, scans_table, subject, used))
     if subject:
         n_labels = scans_table.groupby("subject")["label"].nunique()
         mixed = n_labels.index[n_labels > 1]
         if len(mixed):
             log.warning("%d subjects have scans of both labels: %s", len(mixed), some_of(mixed))
-    return scans_table.drop(columns="word"), like_file
+    return scans_table.drop(columns="word"), like_file, covariates
 
 
 def row_of(found: list[str]) -> int:
@@ -197,13 +249,19 @@ def row_of(found: list[str]) -> int:
     return int(re.match(r"row (\d+)", found[0])[1])
 
 
-def summary(sheet: table.Sheet, scans_table: pd.DataFrame, subject: str) -> str:
+def summary(
+    sheet: table.Sheet, scans_table: pd.DataFrame, subject: str, used: Iterable[int]
+) -> str:
     """Return in one line what was taken from the CSV, and what was not."""
     words = scans_table["word"]
     spelled = words.str.casefold().mask(words.str.fullmatch(table.LABEL), "")  # AD is ad
     groups = words.groupby([scans_table["label"], spelled]).agg(["first", "size"])
     taken = [
-        f"{word} {n} → {label}" if meaning else f"{n} of label {label}"
+        f"{word} {n} → {label}"
+        if meaning
+        else f"{n} of label {label}"
+        if label != NO_LABEL
+        else f"{n} without label"
         for (label, meaning), word, n in groups[::-1].itertuples()
     ]
     parts = [f"{len(scans_table)} scans: {', '.join(taken)}"]
@@ -211,6 +269,6 @@ def summary(sheet: table.Sheet, scans_table: pd.DataFrame, subject: str) -> str:
         parts.append(f"left out: {sheet.words(but=set(scans_table['word']))}")
     n_subjects = scans_table["subject"].nunique() if subject else 0
     parts.append(f"subject = {subject}, {n_subjects}" if subject else "no subjects")
-    if sheet.unused():
-        parts.append(f"{', '.join(sheet.unused())} not used")
+    if unused := sheet.unused(used):
+        parts.append(f"{', '.join(unused)} not used")
     return "; ".join(parts)

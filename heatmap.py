@@ -40,7 +40,7 @@ from run_folder import device as devices
 from run_folder.processes import from_first, run_script
 from run_folder.run import RunFolder, locked, new_record
 from run_folder.trained_run import TrainedFold
-from utils import RunError, log
+from utils import InputError, RunError, log, some_of
 
 NO_CONTRAST = (
     "%s: no contrast of patients' and controls' maps, which explain different logits with --target "
@@ -136,6 +136,15 @@ def check_scans(
         volumes, _ = next(cohort.volumes(None, 1).batches(np.array([row]), 1, device))
         found = float(torch.softmax(model(volumes)[0].double(), 0)[1])
         fold.check_probability(args.modelpath, cohort.table["path"].iloc[row], found, expected)
+
+
+def check_unseen(args: argparse.Namespace, cohort: dataset.Cohort) -> None:
+    """Raise an InputError if the run was trained on one of the scans."""
+    seen = cohort.seen(trained_run.seen_scans(args.modelpath))
+    if seen:
+        rule = "--subjects new is for a cohort that the run has not seen; it was trained on"
+        raise InputError(f"{rule} {len(seen)} of these scans: {some_of(seen)}")
+    trained_run.warn_of_subjects(args.modelpath, cohort.table.get("subject"))
 
 
 def explain(
@@ -358,8 +367,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--target", choices=["label", "predicted", *ONE_CLASS], default="label",
            help="the class whose logit is explained; 0 or 1, one class for everybody, also gives "
                 "the contrast of patients' and controls' maps")
-    option("--subjects", choices=["test", "all"], default="test",
-           help="test: each scan by the fold that held it out; all: every scan by every fold")
+    option("--subjects", choices=["test", "all", "new"], default="test",
+           help="test: each scan by the fold that held it out; all: every scan by every fold; new: "
+                "a cohort that the run has not seen, by every fold")
     option("--mean", choices=["plain", "equal"], default="plain",
            help="mean over folds of their maps as they are, or scaled to equal power; typed anew "
                 "with the other one, a finished run is only put together again")
@@ -385,19 +395,20 @@ def main(args: argparse.Namespace) -> None:
     devices.keep_freed_memory(device, needed_gb)
     facts = {"model": args.model, "seed": args.seed, **cohort.facts(args.path)}
     of_run = {key: facts[key] for key in ("model", "volume_shape", "affine")}
-    only_held_out = args.subjects == "test"
     plan = trained_run.plan(
-        args.modelpath, of_run, args.fold, cohort.table, cohort.scans, only_held_out
+        args.modelpath, of_run, args.fold, cohort.table, cohort.scans, args.subjects
     )
     args.fold = facts["n_folds"] = len(plan)
     wanted = folds.asked_for(args.fold, args.only_fold, args.overwrite)
     for fold in plan:
         checkpoints.load_weights(fold.checkpoint_path, model)
-    facts["modelpath_sha256"] = trained_run.checksums(args.modelpath, plan, only_held_out)
+    facts["modelpath_sha256"] = trained_run.checksums(args.modelpath, plan, args.subjects == "test")
     record = new_record("heatmap.py", vars(args), **facts)
     runs = {method: make_run(args, method, record) for method in args.method}
     for run in runs.values():
         run.check(args.overwrite)  # nothing is written yet
+    if args.subjects == "new":
+        from_first(lambda: check_unseen(args, cohort))
     from_first(lambda: check_scans(args, cohort, [plan[fold] for fold in wanted], model, device))
     if args.dry_run:
         return dry_run(args, cohort, plan, model, device) if utils.is_first() else None

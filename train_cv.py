@@ -9,7 +9,8 @@ Every scan is decoded once, into a folder of scaled volumes, removed when the ru
 Under torchrun the folds are shared among the processes; --only-fold is for job arrays.
 
 Written to --outpath: state_dict_f*.pth, predictions.csv, metrics.csv, splits.csv, run.json, losses,
-histories, loss_curves.png, roc.png and train_cv.log.
+histories, loss_curves.png, roc.png, cohort.png and train_cv.log; with --covariates cohort.csv,
+covariates.csv and strata.csv.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import dataset
 import models
 import utils
 from loading.cache import Volumes
-from reporting import metrics, pictures
+from reporting import covariates, glance, metrics, pictures
 from run_folder import checkpoints, files, folds, trained_run
 from run_folder import device as devices
 from run_folder.processes import from_first, run_script, wait_for_all
@@ -61,7 +62,8 @@ COMPARED = (
 RESULTS = (
     "predictions_f*.csv", "predictions.csv", "checkpoint_f*.pt", "state_dict_f*.pth",
     "history_f*.csv", "training_f*.csv", "train_loss_f*.npy", "valid_loss_f*.npy", "metrics.csv",
-    "loss_curves.png", "roc.png", "splits.csv", "scans.csv",
+    "loss_curves.png", "roc.png", "splits.csv", "scans.csv", "cohort.png", "cohort.csv",
+    "covariates.csv", "strata.csv",
 )  # fmt: skip
 
 
@@ -201,6 +203,7 @@ def dry_run(
         f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
         f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
         *files.check_room(needs),
+        glance.at_a_glance(from_files, cohort.table["path"]),
     )
 
 
@@ -221,8 +224,39 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
         "heatmap.py", args, *utils.OF_COHORT, "--model", "--device", modelpath=outpath,
         method=["LRP", "IG", "GGC"], target=1, outpath=outpath / "maps",
     )  # fmt: skip
-    sentence = metrics.verdict(table).sentence
-    return [metrics.as_text(table), sentence, str(outpath), f"next: {following}"]
+    said = [metrics.verdict(table).sentence]
+    if cohort.covariates is not None:
+        splits = folds.read(outpath / "splits.csv", cohort.table, cohort.scans)
+        said.append(write_covariates(args, cohort, splits, table))
+        of_strata = covariates.strata(predictions, cohort.covariates, subjects, args.seed)
+        files.write_csv(outpath / "strata.csv", of_strata)
+    return [metrics.as_text(table), *said, str(outpath), f"next: {following}"]
+
+
+def show_cohort(
+    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame, volumes: Volumes
+) -> None:
+    """Draw the cohort at a glance, and say what its covariates tell, before a long training."""
+    path = args.outpath / "cohort.png"
+    if not utils.is_first() or path.is_file():
+        return
+    r = glance.likeness(volumes, range(len(volumes)))
+    glance.draw(path, volumes, cohort.table["path"], r)
+    if cohort.covariates is not None:
+        log.info(write_covariates(args, cohort, splits))
+
+
+def write_covariates(
+    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame,
+    networks: pd.DataFrame | None = None,
+) -> str:  # fmt: skip
+    """Write what the covariates are, and what they tell without any scan; return a sentence."""
+    values, subjects = cohort.covariates, cohort.table.get("subject")
+    files.write_csv(args.outpath / "cohort.csv", covariates.describe(cohort.labels, values, splits))
+    alone = covariates.predict(cohort.labels, values, splits)
+    table = metrics.metrics_table(alone, subjects, args.seed)
+    files.write_csv(args.outpath / "covariates.csv", table)
+    return covariates.sentence(table, list(values), networks)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -230,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     number = utils.number
     parser = utils.make_parser(
         __doc__, "training", *utils.OF_COHORT, "--outpath", "--seed", "--device", "--workers",
-        "--cache-dir", "--only-fold", "--dry-run", "--overwrite",
+        "--cache-dir", "--covariates", "--only-fold", "--dry-run", "--overwrite",
     )  # fmt: skip
     option = parser.add_argument
     # fmt: off
@@ -299,6 +333,7 @@ def main(args: argparse.Namespace) -> None:
         if mine:
             volumes.fill()
             write_scans(args.outpath, cohort, volumes)
+            show_cohort(args, cohort, splits, volumes)
             volumes.keep_on(device, needed_gb)
         bar = utils.progress(total=len(mine) * args.epochs, description="at most", unit="epoch")
         for fold in mine:

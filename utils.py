@@ -130,6 +130,9 @@ OPTIONS = {  # that mean the same in every script that has them
                        help="words in the label's column that mean 0"),
     "--outpath": dict(type=Path, required=True, metavar="DIR",
                       help="output folder, created if missing"),
+    "--covariates": dict(nargs="+", default=[], metavar="NAME",
+                         help="columns such as age, sex or site, numbers or words: what they tell "
+                              "of the labels without any scan"),
     "--no-subjects": dict(action="store_true",
                           help="take no subject from a column, nor from sub-… in paths"),
     "--seed": dict(type=number(int, at_least=0), default=0, help="seed of all random draws"),
@@ -153,7 +156,7 @@ OPTIONS = {  # that mean the same in every script that has them
 
 OF_COHORT = ("--path", "--columns", "--positive", "--negative", "--no-subjects")
 GROUPS = {
-    "columns of the CSV": OF_COHORT[1:],
+    "columns of the CSV": (*OF_COHORT[1:], "--covariates"),
     "compute": ("--device", "--workers", "--cache-dir"),
     "run": ("--only-fold", "--seed", "--dry-run", "--overwrite"),
 }

@@ -9,6 +9,7 @@ from comparing.maps import Map, control_path
 from comparing.measures import Settings
 from comparing.runs import Run
 from comparing.space import Space
+from reporting import covariates
 from reporting.maps import IG_TOLERANCE, LOGITS
 from run_folder import files
 from utils import InputError, printable
@@ -57,6 +58,10 @@ def verdicts(runs: list[Run], sidecars: dict[str, dict]) -> list[str]:
         if verdict and verdict not in known:
             known.add(verdict)
             said.append(f"{name}: {verdict}")
+    for run in runs:
+        if run.covariates is not None:
+            networks = run.metrics.reset_index()
+            said.append(f"{run.name}: {covariates.sentence(run.covariates, run.names, networks)}")
     return said or ["No --run was given: nothing says whether these maps are worth a look."]
 
 

@@ -101,8 +101,31 @@ def metrics_html(runs: list[Run]) -> str:
         row += [f"{counts['11']} of {n_patients}",
                 f"{counts['00']} of {len(run.predictions) - n_patients}"]  # fmt: skip
         rows.append(row)
+        if run.covariates is not None:
+            alone = run.covariates.set_index("fold").reindex(SUMMARY_ROWS[:3])
+            row = [(f"covariates of {run.name} alone", "no scan")]
+            row += [
+                (f"{each.iloc[0]:.2f}", f"[{each.iloc[1]:.2f}, {each.iloc[2]:.2f}]")
+                for each in (alone.get(metric, pd.Series([np.nan] * 3)) for metric in METRICS_SHOWN)
+            ]
+            rows.append([*row, "–", "–"])
     measured = [m.replace("_", " ").replace("roc auc", "ROC AUC") for m in METRICS_SHOWN]
     return table_html(["classifier", *measured, "patients found", "controls found"], rows)
+
+
+def strata_html(runs: list[Run]) -> str:
+    """Return the networks' ROC AUC within strata of the covariates, where a run has some."""
+    rows = []
+    for run in [run for run in runs if run.strata is not None]:
+        for record in run.strata.to_dict("records"):
+            interval = f"[{record['low']:.2f}, {record['high']:.2f}]"
+            is_known = not pd.isna(record["roc_auc"])
+            auc = (f"{record['roc_auc']:.2f}", interval) if is_known else ("–", "too few scans")
+            stratum = f"{record['covariate']} {record['stratum']}"
+            counts = f"{record['n_patients']} + {record['n_controls']}"
+            rows.append([run.name, stratum, counts, auc])
+    heads = ["classifier", "stratum", "patients + controls", "ROC AUC"]
+    return f"<h3>Within strata</h3>{table_html(heads, rows)}" if rows else ""
 
 
 def name_cell(name: str, each: Map) -> Cell:
@@ -388,6 +411,7 @@ def page_parts(
         else "<p>No two maps have the maps of the same scans beside them (--save-subjects).</p>",
         "peaks": peaks_html({n: each for n, each in peaks.items() if not maps[n].is_control}),
         "metrics": metrics_html(runs) if runs else "<p>No --run was given.</p>",
+        "strata": strata_html(runs),
         "curves": "".join(picture_html(*each) for each in curves),
         "outcomes": outcomes_html(maps),
         "regions": f"<h2>Regions</h2>{regions_html(tables['regions'])}"

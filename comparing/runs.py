@@ -13,7 +13,14 @@ from utils import InputError, printable
 
 METRICS_SHOWN = ("roc_auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
 OF_TRAINING = ("valid_loss", "valid_roc_auc", "learned")
-PICTURES = {"loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans"}
+STRATA_COLUMNS = {
+    "covariate": str, "stratum": str, "n_patients": int, "n_controls": int, "roc_auc": float,
+    "low": float, "high": float,
+}  # fmt: skip
+PICTURES = {
+    "loss_curves.png": "losses per epoch", "roc.png": "ROC curves of held-out scans",
+    "cohort.png": "the cohort at a glance",
+}  # fmt: skip
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_NAME_SHOWN = 80
 
@@ -28,6 +35,16 @@ class Run:
     predictions: pd.DataFrame
     verdict: metrics.Verdict
     pictures: list[Path]
+    covariates: pd.DataFrame | None = None  # a metrics_table of what they tell without any scan
+    strata: pd.DataFrame | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of its covariates."""
+        known = (
+            [] if self.strata is None else dict.fromkeys(map(printable, self.strata["covariate"]))
+        )
+        return list(known) or ["the covariates"]
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
@@ -51,6 +68,11 @@ def _load_run(folder: Path) -> Run:
         missing = set(metrics.SUMMARY_ROWS) - set(table["fold"])
         if not table["fold"].is_unique or missing:
             raise InputError(f"metrics.csv must have one row each of {', '.join(sorted(missing))}")
+        of_strata, of_covariates = (
+            files.read_csv(folder / name, columns) if (folder / name).is_file() else None
+            for name, columns in (("strata.csv", STRATA_COLUMNS),
+                                  ("covariates.csv", {"fold": str, "roc_auc": float}))
+        )  # fmt: skip
         verdict = metrics.verdict(table)
         if verdict is None or predictions["path"].duplicated().any():
             raise InputError("metrics.csv and predictions.csv are not those of a run")
@@ -64,7 +86,8 @@ def _load_run(folder: Path) -> Run:
     name = printable(str(record.get("model", folder.name)))[:MAX_NAME_SHOWN]
     pictures = [folder / each for each in PICTURES if (folder / each).is_file()]
     pictures = [path for path in pictures if path.read_bytes().startswith(PNG_SIGNATURE)]
-    return Run(name, folder, table.set_index("fold"), predictions, verdict, pictures)
+    table = table.set_index("fold")
+    return Run(name, folder, table, predictions, verdict, pictures, of_covariates, of_strata)
 
 
 def runs_table(runs: list[Run]) -> pd.DataFrame:

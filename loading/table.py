@@ -19,7 +19,7 @@ MAX_TEXT_SHOWN = 100  # letters of a cell in a message
 ROLES = {  # of the cohort's columns, and the names that a header row gives them
     "scan": ("path", "file", "filename", "scan", "image", "t1", "nifti"),
     "label": ("label", "diagnosis", "dx", "group", "class"),
-    "subject": ("subject", "subject_id", "participant_id", "sub", "rid", "ptid", "family", "site"),
+    "subject": ("subject", "subject_id", "participant_id", "sub", "rid", "ptid", "family"),
 }
 LABEL = re.compile(r"([01])([.,]0*)?")  # spreadsheets and pandas write 1.0 for 1
 WHOLE_NUMBER = re.compile(r"(-?[0-9]+)[.,]0+")
@@ -100,11 +100,13 @@ class Wanted:
     positive: Sequence[str] = ()  # words that mean 1
     negative: Sequence[str] = ()  # and 0; without them the one other word does
     no_subjects: bool = False
+    covariates: Sequence[str] = ()  # names of further columns
+    needs_labels: bool = True
 
     @classmethod
     def of(cls, arguments: dict) -> "Wanted":
         """Return what a script's arguments say."""
-        return cls(**{field: arguments[field] for field in cls.__dataclass_fields__})
+        return cls(**{f: arguments[f] for f in cls.__dataclass_fields__ if f in arguments})
 
     def __post_init__(self):
         """Raise an InputError if the options contradict each other."""
@@ -143,9 +145,20 @@ class Sheet:
         counted = [f"{text or 'nothing'} {n}" for text, n in texts.most_common() if text not in but]
         return some_of(counted, N_WORDS_SHOWN)
 
-    def unused(self) -> list[str]:
-        """Return the names of the columns without a role."""
-        used = self.column_of.values()
+    def covariate_columns(self, names: Iterable[str]) -> dict[str, int]:
+        """Return where covariates stand; an InputError that lists the columns if one is missing."""
+        found = {name: _named(self.header, (plain(name),)) for name in names}
+        for name, columns in found.items():
+            if len(columns) != 1:
+                n_found = "several columns are" if columns else "no column is"
+                there = ", ".join(map(shown, self.header)) or "not named by a first row"
+                rule = f"--covariates {name}: {n_found} called that"
+                raise InputError(f"{rule}; the columns of {self.path} are {there}")
+        return {name: column for name, (column,) in found.items()}
+
+    def unused(self, but: Iterable[int] = ()) -> list[str]:
+        """Return the names of the columns without a role; but for some."""
+        used = {*self.column_of.values(), *but}
         return [name for column, name in enumerate(self.header) if name and column not in used]
 
 
@@ -156,8 +169,10 @@ def read_sheet(path: Path, wanted: Wanted) -> Sheet:
         name = re.sub(r"\.(gz|bz2)$", "", text.lower())
         return name.endswith(IMAGE_SUFFIXES) or files.find(text, path.parent) is not None
 
+    needed = ("scan", "label") if wanted.needs_labels else ("scan",)
+
     def names_roles(cells: list[str]) -> bool:
-        return all(_named(cells, ROLES[role]) for role in ("scan", "label"))
+        return all(_named(cells, ROLES[role]) for role in needed)
 
     def has_label(cells: list[str]) -> bool:
         return len(cells) > 1 and LABEL.fullmatch(cells[1]) is not None
@@ -234,7 +249,7 @@ def _find_columns(
         found["scan"] = images
     if not found["label"] and len(header) == 2:
         found["label"] = [column for column in range(2) if column not in found["scan"]][:1]
-    for role in ("scan", "label"):
+    for role in ("scan", "label") if wanted.needs_labels else ("scan",):
         if not found[role]:
             rule = f"no column is called one of {', '.join(ROLES[role])}"
             raise InputError(f"{rule}: say which with --columns {role}=NAME; {there}")

@@ -159,9 +159,8 @@ class FoldMaps:
 
     def name_of(self, scan: ExplainedScan) -> str:
         """Return the path of a scan's map below --outpath; no name of a scan leads out of it."""
-        name = re.sub(r"[^\w-]+", "_", Path(scan.path).name.split(".")[0])
-        name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-        return f"{self.stem}_subjects/{scan.row + 1:05d}_{name}_f{self.fold}.nii.gz"
+        name = f"{scan.row + 1:05d}_{short_name(scan.path)}_f{self.fold}.nii.gz"
+        return f"{self.stem}_subjects/{name}"
 
     def gather(self) -> None:
         """Put together what all processes of the job have."""
@@ -182,6 +181,12 @@ class FoldMaps:
             image.write_image(path, map_data, self.like_img)
         table = pd.DataFrame(list(self.lines.values()))
         files.write_csv(self.outpath / f"{self.stem}_predictions_f{self.fold}.csv", table)
+
+
+def short_name(path: str) -> str:
+    """Return a scan's name as part of a file's."""
+    name = re.sub(r"[^\w-]+", "_", Path(path).name.split(".")[0])
+    return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def title_of(sidecar: dict) -> str:

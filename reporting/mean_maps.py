@@ -117,7 +117,7 @@ def describe(method: str, table: pd.DataFrame, shares: dict[int, float]) -> dict
         say, advice = (log.warning, "; more --steps lower it") if is_large else (log.info, "")
         say("%s: median completeness error %.2g%s", method, error, advice)
     return {
-        "held_out": None if "" in parts else parts == {"test"},
+        "held_out": None if "" in parts else parts <= {"test", "new"},
         "scans_per_fold": {str(fold): int(n) for fold, n in table.groupby("fold").size().items()},
         "zero_maps_per_fold": {str(fold): int(n) for fold, n in n_zero.items()},
         "power_share_per_fold": {str(fold): round(share, 4) for fold, share in shares.items()},

@@ -93,8 +93,14 @@ def plot_loss_curves(
     save_figure(figure, path, f"{path.name}.f{by_fold}")
 
 
-def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> None:
-    """Draw the ROC curve of each fold and of all held-out scans; `metrics` is a metrics_table."""
+def plot_roc(
+    path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame,
+    pooled: pd.DataFrame | None = None,
+) -> None:  # fmt: skip
+    """Draw the ROC curve of each fold and of all held-out scans; `metrics` is a metrics_table.
+
+    `pooled` are the predictions of the latter, where they are not the folds'.
+    """
     from matplotlib.figure import Figure
     from sklearn.metrics import roc_curve
 
@@ -108,7 +114,8 @@ def plot_roc(path: Path, predictions: pd.DataFrame, metrics: pd.DataFrame) -> No
             color = f"C{fold % MAX_COLORS}"
             label = f"fold {fold}: {auc[str(fold)]:.2f}"
             axis.plot(false_rate, true_rate, color=color, alpha=0.6, linewidth=1, label=label)
-    false_rate, true_rate, _ = roc_curve(predictions["label"], predictions["probability"])
+    pooled = predictions if pooled is None else pooled
+    false_rate, true_rate, _ = roc_curve(pooled["label"], pooled["probability"])
     interval = f"{auc['pooled']:.2f} [{auc['pooled_low']:.2f}, {auc['pooled_high']:.2f}]"
     axis.plot(false_rate, true_rate, color="black", linewidth=2, label=f"pooled: {interval}")
     axis.set(xlabel="1 − specificity", ylabel="sensitivity", aspect="equal")

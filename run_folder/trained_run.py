@@ -8,7 +8,7 @@ import pandas as pd
 from torch import nn
 
 from run_folder import checkpoints, files, folds
-from utils import InputError, RunError
+from utils import InputError, RunError, log, some_of
 
 MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05  # of a probability, for fp32; for tf32 and bf16
@@ -44,7 +44,7 @@ class TrainedFold:
 
 def plan(
     modelpath: Path, facts: dict, n_folds: int | None, table: pd.DataFrame, scans: list[str],
-    only_held_out: bool,
+    subjects: str,
 ) -> list[TrainedFold]:  # fmt: skip
     """Return the folds to explain; an InputError if the run is of another model, scans or folds.
 
@@ -56,21 +56,26 @@ def plan(
         Of the scans and the model to explain: model, volume_shape, affine as run.json has them.
     table, scans : DataFrame, list of str
         The scans' path and label, and their files, absolute.
-    only_held_out : bool
-        Each fold explains its test scans only, as splits.csv has them.
+    subjects : str
+        "test": each fold explains its test scans, as splits.csv has them; "all": every scan; "new":
+        every scan, of a cohort that the run has not seen.
     """
+    only_held_out = subjects == "test"
     n_folds = _count_folds(modelpath, facts, n_folds)
-    if n_folds > len(table):
+    if n_folds > len(table) and subjects != "new":
         raise InputError(f"{n_folds} folds are more than there are scans")
     splits_path = modelpath / "splits.csv"
+    unknown = table[["path"]].assign(
+        **{f"fold_{fold}": "new" if subjects == "new" else "" for fold in range(n_folds)}
+    )
     try:
-        splits = folds.read(splits_path, table, scans)
+        splits = unknown if subjects == "new" else folds.read(splits_path, table, scans)
         if folds.count(splits) != n_folds:
             raise InputError(f"{splits_path} has {folds.count(splits)} folds, not {n_folds}")
     except InputError:
         if only_held_out:
             raise
-        splits = table[["path"]].assign(**{f"fold_{fold}": "" for fold in range(n_folds)})
+        splits = unknown
     planned = []
     for number in range(n_folds):
         parts = splits[f"fold_{number}"].to_numpy().astype(str)
@@ -78,7 +83,9 @@ def plan(
         if not len(rows):
             raise InputError(f"{splits_path}: fold {number} tests no scan")
         train_rows = np.flatnonzero(parts == "train") if "train" in parts else np.arange(len(table))
-        predicted = _read_predictions(modelpath, number).reindex(splits["path"]).to_numpy()
+        known = _read_predictions(modelpath, number)
+        predicted = known.reindex([] if subjects == "new" else splits["path"])
+        predicted = predicted.reindex(splits["path"]).to_numpy()
         path, train_rows = checkpoints.weights_path(modelpath, number), train_rows[:MAX_STATISTICS]
         planned.append(TrainedFold(number, path, rows, parts[rows], predicted[rows], train_rows))
     return planned
@@ -122,6 +129,40 @@ def _count_folds(modelpath: Path, facts: dict, n_folds: int | None) -> int:
     if n_folds not in (None, run["n_folds"]):
         raise InputError(f"{path} says that the run has {run['n_folds']} folds, not {n_folds}")
     return run["n_folds"]
+
+
+def seen_scans(modelpath: Path) -> pd.DataFrame:
+    """Return bytes and crc32 of the scans that a run was trained on; none where it does not say."""
+    path, columns = modelpath / "scans.csv", {"path": str, "bytes": int, "crc32": int}
+    if path.is_file():
+        return files.read_csv(path, columns)
+    log.warning("there is no %s: nothing tells whether the run has seen these scans", path)
+    return pd.DataFrame(columns=[*columns])
+
+
+def warn_of_subjects(modelpath: Path, subjects: pd.Series | None) -> None:
+    """Say which subjects of a new cohort have the names of the run's."""
+    path = modelpath / "splits.csv"
+    if subjects is None or not path.is_file():
+        return
+    splits = files.read_csv(path, {"path": str})
+    both = sorted(set(subjects.astype(str)) & set(splits.get("subject", pd.Series()).astype(str)))
+    if both:
+        log.warning(
+            "%d subjects have names that occur in the run, too: %s", len(both), some_of(both)
+        )
+
+
+def grid(modelpath: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return shape and affine of a run's scans; an InputError where its record does not say."""
+    run = files.read_json(modelpath / "run.json")
+    try:
+        shape, affine = tuple(map(int, run["volume_shape"])), np.array(run["affine"], dtype=float)
+    except (KeyError, TypeError, ValueError):
+        shape, affine = (), np.empty(0)
+    if len(shape) != 3 or affine.shape != (4, 4):
+        raise InputError(f"{modelpath / 'run.json'} does not say on which grid the run's scans are")
+    return shape, affine
 
 
 def _is_same(then: object, now: object) -> bool:

@@ -392,7 +392,7 @@ def test_untrained_weights_are_none_that_training_has_seen(cohort_csv, run_path,
     model = models.build_model("modelT8", SHAPE).eval()
     facts = {"model": "modelT8", "volume_shape": list(SHAPE), "affine": AFFINE.tolist()}
     for fold in trained_run.plan(
-        run_path, facts, None, cohort.table, cohort.scans, only_held_out=True
+        run_path, facts, None, cohort.table, cohort.scans, subjects="test"
     ):
         heatmap.draw_weights(args, cohort, fold, model, torch.device("cpu"))
         drawn = {name: value.clone() for name, value in model.state_dict().items()}
@@ -413,9 +413,7 @@ def test_statistics_of_untrained_networks_are_cumulative_averages(cohort_csv, ru
     cohort = dataset.read_cohort(cohort_csv)
     args = heatmap.parse_args(explain_arguments(cohort_csv, run_path, tmp_path, "--randomize"))
     facts = {"model": "modelT8", "volume_shape": list(SHAPE), "affine": AFFINE.tolist()}
-    fold = trained_run.plan(run_path, facts, None, cohort.table, cohort.scans, only_held_out=True)[
-        0
-    ]
+    fold = trained_run.plan(run_path, facts, None, cohort.table, cohort.scans, subjects="test")[0]
     model = models.build_model("modelT8", SHAPE).eval()
     heatmap.draw_weights(args, cohort, fold, model, torch.device("cpu"))
     batches = cohort.volumes(None, 1).batches(fold.train_rows, 4, torch.device("cpu"))

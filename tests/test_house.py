@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train_cv", "heatmap", "svm", "ttest", "compare", "simulate"}
+SCRIPTS = {"train_cv", "heatmap", "svm", "ttest", "predict", "compare", "simulate"}
 MODULES = {"models", "dataset", "utils"}
 PACKAGES = {"attribution", "run_folder", "loading", "reporting", "comparing"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where it is not the module's name

@@ -129,8 +129,8 @@ REFUSED = {
                                 "--columns label=label: several columns are called that"),
     "two-labels": ("path,dx,group\n" + ROWS, None,
                    "'dx' and 'group' in .* could each be the label: .* --columns label=dx"),
-    "two-subjects": ("path,dx,PTID,site\nscan00.nii.gz,1,a,b\n", None,
-                     "'PTID' and 'site' in .* could each be the subject: .* subject=PTID"),
+    "two-subjects": ("path,dx,PTID,family\nscan00.nii.gz,1,a,b\n", None,
+                     "'PTID' and 'family' in .* could each be the subject: .* subject=PTID"),
     "no-label": ("path,age,sex\n" + ROWS, None,
                  "no column is called one of label, diagnosis, .*--columns label=NAME; the columns "
                  "of .* are 'path', 'age', 'sex'"),

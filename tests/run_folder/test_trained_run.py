@@ -38,9 +38,7 @@ def rows_of(plan: list) -> list[list[int]]:
 
 
 def test_each_fold_explains_its_test_scans(modelpath):
-    plan = trained_run.plan(
-        modelpath, FACTS, None, TABLE, TABLE["path"].tolist(), only_held_out=True
-    )
+    plan = trained_run.plan(modelpath, FACTS, None, TABLE, TABLE["path"].tolist(), subjects="test")
     assert rows_of(plan) == [[0, 1], [2, 4, 5], [3]]
     assert [fold.number for fold in plan] == [0, 1, 2]
     assert plan[2].checkpoint_path == modelpath / "state_dict_f2.pth"
@@ -53,16 +51,14 @@ def test_each_fold_explains_its_test_scans(modelpath):
 def test_every_fold_explains_all_scans_without_splits(modelpath):
     (modelpath / "splits.csv").unlink()
     facts = FACTS | {"affine": [[2.0004, 0.0], [0.0, 1.0]]}  # but for rounding
-    plan = trained_run.plan(
-        modelpath, facts, None, TABLE, TABLE["path"].tolist(), only_held_out=False
-    )
+    plan = trained_run.plan(modelpath, facts, None, TABLE, TABLE["path"].tolist(), subjects="all")
     assert rows_of(plan) == [[0, 1, 2, 3, 4, 5]] * 3
     with pytest.raises(InputError, match=r"there is no .*splits\.csv.* --subjects all"):
         plan_of(modelpath, FACTS, None, TABLE, True)
     (modelpath / "run.json").unlink()  # as published checkpoints have none
     for n_folds, expected in ((None, 5), (2, 2)):
         plan = trained_run.plan(
-            modelpath, FACTS, n_folds, TABLE, TABLE["path"].tolist(), only_held_out=False
+            modelpath, FACTS, n_folds, TABLE, TABLE["path"].tolist(), subjects="all"
         )
         assert len(plan) == expected
 
@@ -96,9 +92,7 @@ def test_the_record_of_another_run_is_refused(modelpath, key, value, message):
 def test_other_folds_scans_and_folders_are_refused(modelpath):
     def refused(message: str, path: Path = modelpath, n_folds=None, table=TABLE) -> None:
         with pytest.raises(InputError, match=message):
-            trained_run.plan(
-                path, FACTS, n_folds, table, table["path"].tolist(), only_held_out=True
-            )
+            trained_run.plan(path, FACTS, n_folds, table, table["path"].tolist(), subjects="test")
 
     refused(r"run\.json says that the run has 3 folds, not 2", n_folds=2)
     refused("1 are not in the CSV, such as '5.nii'", table=TABLE[:5])
@@ -111,9 +105,7 @@ def test_other_folds_scans_and_folders_are_refused(modelpath):
 
 
 def test_checksums_are_those_of_all_that_maps_depend_on(modelpath):
-    plan = trained_run.plan(
-        modelpath, FACTS, None, TABLE, TABLE["path"].tolist(), only_held_out=True
-    )
+    plan = trained_run.plan(modelpath, FACTS, None, TABLE, TABLE["path"].tolist(), subjects="test")
     found = trained_run.checksums(modelpath, plan, only_held_out=True)
     assert list(found) == [f"state_dict_f{fold}.pth" for fold in range(3)] + ["splits.csv"]
     assert len(set(found.values())) == 4 and all(len(value) == 64 for value in found.values())
