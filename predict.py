@@ -171,6 +171,7 @@ def score(
     per_fold = pd.concat([metrics.binary_metrics(part).assign(fold=str(fold))
                           for fold, part in enumerate(parts)])  # fmt: skip
     table = pd.concat([per_fold, together[together["fold"] != "0"]], ignore_index=True)
+    table[[*metrics.COUNTS]] = table[[*metrics.COUNTS]].map(lambda n: n if n % 1 else int(n))
     return table[together.columns], pd.concat(parts, ignore_index=True)
 
 

@@ -5,7 +5,8 @@
 Every reader of a heatmap wants it as the yardstick: what do the scans themselves show, without any
 network? It is taken in the networks' folds, of the scans that each network trained and validated
 on, scaled as for the networks. The scans of one subject are averaged first; subjects with scans of
-both labels are left out. It is no voxel-based morphometry, since nothing is segmented or smoothed,
+both labels are left out. With --covariates it is the t of the label in a linear model with them, of
+pooled variance. It is no voxel-based morphometry, since nothing is segmented or smoothed,
 and a reference made of it would be circular for maps of the same scans.
 
 Every scan is decoded once, into a folder that is removed at the end, and read once, a range of
@@ -34,7 +35,7 @@ from run_folder.run import RunFolder, new_record
 from utils import InputError, log, some_of
 
 ALPHA = 0.05
-METHOD = "Welch's t"
+METHOD, ADJUSTED = "Welch's t", "t beside covariates"
 KINDS = ("map", "t")
 RESULTS = (
     "TTEST_p_all.nii.gz", "splits.csv", maps.MEAN_SCAN, maps.COVERAGE, "TTEST_map_f*.nii.gz",
@@ -54,7 +55,7 @@ def find_members(
     An InputError names a fold that has too few subjects of a label.
     """
     subjects = group_difference.average_scans(
-        cohort.table.get("subject", cohort.table["path"]), cohort.labels
+        cohort.table.get("subject", cohort.table["path"]), cohort.labels, cohort.covariates
     )
     if len(subjects.left_out):
         log.warning(
@@ -66,6 +67,8 @@ def find_members(
     for number, is_member in enumerate(members):
         place = f"fold {number}" if number < len(is_used) else "the CSV"
         group_difference.check_groups(subjects.labels[is_member], place)
+        if subjects.nuisance is not None:
+            group_difference.check_model(subjects, is_member, place)
     return subjects, members
 
 
@@ -75,9 +78,10 @@ def write_maps(
 ) -> list[Path]:  # fmt: skip
     """Write the t of the folds and their mean, that of all scans and its p; return the files."""
     t_data = t.reshape(-1, *cohort.volume_shape)
-    sidecar = {"notes": NOTES, **facts}
+    sidecar = {"notes": NOTES, "covariates": args.covariates, **facts}
+    method = ADJUSTED if args.covariates else METHOD
     written = mean_maps.write_baseline(
-        args.outpath, "TTEST_map", t_data[:-1], cohort.like_img, METHOD, sidecar
+        args.outpath, "TTEST_map", t_data[:-1], cohort.like_img, method, sidecar
     )
     if args.permutations:
         p = group_difference.familywise_p(t[-1], largest)
@@ -92,7 +96,7 @@ def write_maps(
             "family-wise p of %g: |t| ≥ %.3g, reached by %d voxels", ALPHA, threshold, n_significant
         )
     written += mean_maps.write_baseline(
-        args.outpath, "TTEST_t", t_data[-1:], cohort.like_img, METHOD, sidecar | {"n_folds": None}
+        args.outpath, "TTEST_t", t_data[-1:], cohort.like_img, method, sidecar | {"n_folds": None}
     )
     return written
 
@@ -101,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = utils.make_parser(
         __doc__, "group difference", *utils.OF_COHORT, "--outpath", "--seed", "--workers",
-        "--cache-dir", "--overwrite",
+        "--cache-dir", "--covariates", "--overwrite",
     )  # fmt: skip
     folds.add_options(parser)
     parser.add_argument(

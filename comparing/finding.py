@@ -25,6 +25,7 @@ REFERENCES = {
     "SVM pattern": "the activation pattern of a linear support vector machine (Haufe et al. 2014, "
     "doi:10.1016/j.neuroimage.2013.10.067)",
     "Welch's t": "Welch's t of patients minus controls in every voxel",
+    "t beside covariates": "the t of the label in every voxel, in a linear model with covariates",
 }
 OF_PAPER = "Wang et al. 2023, doi:10.1016/j.neuroimage.2023.119929"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import orth
 from scipy.sparse import csr_array
 
 from loading.cache import BLOCK_BYTES, Volumes
@@ -29,25 +30,43 @@ class Subjects:
     labels : int array, shape (n_subjects,)
     left_out : list of str
         Subjects with scans of both labels.
+    nuisance : float array, shape (n_subjects, n_columns), or None
+        Covariates.
     """
 
     matrix: csr_array
     labels: np.ndarray
     left_out: list[str]
+    nuisance: np.ndarray | None = None
 
     def having(self, is_used: np.ndarray) -> np.ndarray:
         """Tell which subjects have scans among those of a bool array, (n_scans,)."""
         return self.matrix @ is_used > 0
 
     def exchanged(self, n_exchanges: int, seed: int) -> np.ndarray:
-        """Return who is a patient when labels are permuted, bool, (n_exchanges, n_subjects)."""
-        rng = np.random.default_rng(derived_seed(seed, purpose="group difference"))
-        drawn = [rng.permutation(self.labels) == 1 for _ in range(n_exchanges)]
-        return np.array(drawn, dtype=bool).reshape(n_exchanges, len(self.labels))
+        """Return whose label each subject gets in permutations, (n_exchanges, n_subjects)."""
+        rng, n = np.random.default_rng(derived_seed(seed, purpose="group difference")), len(self)
+        drawn = [rng.permutation(n) for _ in range(n_exchanges)]
+        return np.array(drawn, dtype=int).reshape(n_exchanges, n)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def t(self, values: np.ndarray, is_member: np.ndarray, exchanges: np.ndarray) -> np.ndarray:
+        """Return the t of some subjects' values, (n_members, n_voxels), in each exchange."""
+        labels = self.labels[is_member]
+        if self.nuisance is None:
+            return welch_t(values, labels[exchanges] == 1)
+        return partial_t(values, labels, self.nuisance[is_member], exchanges)
 
 
-def average_scans(subjects: pd.Series, labels: np.ndarray) -> Subjects:
-    """Return the subjects of scans; those with scans of both labels are left out."""
+def average_scans(
+    subjects: pd.Series, labels: np.ndarray, covariates: pd.DataFrame | None = None
+) -> Subjects:
+    """Return the subjects of scans; those with scans of both labels are left out.
+
+    Covariates, a row a scan, are averaged; words become a column a level, but for the first.
+    """
     table = pd.DataFrame({"subject": subjects.to_numpy(), "label": labels})
     of_subject = table.groupby("subject", sort=False)["label"].agg(["first", "nunique"])
     is_mixed = of_subject["nunique"] > 1
@@ -56,8 +75,11 @@ def average_scans(subjects: pd.Series, labels: np.ndarray) -> Subjects:
     scans = np.flatnonzero(row >= 0)
     weights = 1 / np.bincount(row[scans], minlength=len(kept))[row[scans]]
     matrix = csr_array((weights, (row[scans], scans)), shape=(len(kept), len(table)))
+    nuisance = None
+    if covariates is not None:
+        nuisance = matrix @ pd.get_dummies(covariates, drop_first=True).to_numpy(dtype=float)
     return Subjects(
-        matrix, of_subject.loc[kept, "first"].to_numpy(), list(of_subject.index[is_mixed])
+        matrix, of_subject.loc[kept, "first"].to_numpy(), list(of_subject.index[is_mixed]), nuisance
     )
 
 
@@ -99,6 +121,50 @@ def welch_t(values: np.ndarray, are_patients: np.ndarray) -> np.ndarray:
     return np.where(varies, difference / np.sqrt(np.where(varies, variance, 1)), 0)
 
 
+def partial_t(
+    values: np.ndarray, labels: np.ndarray, nuisance: np.ndarray, exchanges: np.ndarray
+) -> np.ndarray:
+    """Return the t of the label in a linear model with covariates, (n_exchanges, n_voxels).
+
+    Parameters
+    ----------
+    values, labels : arrays, shape (n_subjects, n_voxels), (n_subjects,)
+    nuisance : float array, shape (n_subjects, n_columns)
+        Covariates, without the intercept.
+    exchanges : int array, shape (n_exchanges, n_subjects)
+        Permutations of the subjects (Freedman and Lane, J. Bus. Econ. Stat. 1:292, 1983,
+        doi:10.2307/1391660): labels and covariates of the whole model are permuted against what
+        the covariates leave of the values.
+
+    Notes
+    -----
+    Of pooled variance, with n − rank degrees of freedom. It is 0 where nothing varies.
+    """
+    spread = nuisance.std(0)
+    columns = (nuisance - nuisance.mean(0))[:, spread > 0] / spread[spread > 0]
+    basis = orth(np.column_stack([np.ones(len(labels)), columns]))
+    label = labels - basis @ (basis.T @ labels)
+    label /= np.linalg.norm(label)
+    residual = values - basis @ (basis.T @ values)
+    found = label[exchanges] @ residual
+    left = np.square(residual).sum(0) - found**2
+    for column in basis.T:
+        left -= (column[exchanges] @ residual) ** 2
+    varies = left > 1e-12 * np.square(values).sum(0)
+    n_free = len(labels) - basis.shape[1] - 1
+    return np.where(varies, found * np.sqrt(n_free / np.where(varies, left, 1)), 0)
+
+
+def check_model(subjects: Subjects, is_member: np.ndarray, place: str) -> None:
+    """Raise an InputError where covariates leave nothing of the labels, or no freedom."""
+    columns = np.column_stack([np.ones(len(subjects)), subjects.nuisance])[is_member]
+    labels = subjects.labels[is_member]
+    basis = orth(columns)
+    left = np.linalg.norm(labels - basis @ (basis.T @ labels))
+    if left < 1e-6 or len(labels) <= basis.shape[1] + 1:
+        raise InputError(f"{place}: the covariates determine the labels of its subjects")
+
+
 def compare(
     volumes: Volumes, subjects: Subjects, members: np.ndarray, exchanges: np.ndarray,
     block_bytes: int = BLOCK_BYTES,
@@ -111,8 +177,8 @@ def compare(
     subjects : Subjects
     members : bool array, shape (n_sets, n_subjects)
         The last set has all subjects: it is the one whose labels are exchanged.
-    exchanges : bool array, shape (n_exchanges, n_subjects)
-        Who counts as a patient in each exchange.
+    exchanges : int array, shape (n_exchanges, n_subjects)
+        See `Subjects.exchanged`.
 
     Returns
     -------
@@ -129,11 +195,11 @@ def compare(
         mean[voxels], coverage[voxels] = block.mean(0), (block != 0).mean(0)
         values = subjects.matrix @ (block - block[0])
         for of_set, is_member in zip(t, members, strict=True):
-            is_patient = subjects.labels[is_member] == 1
-            of_set[voxels] = welch_t(values[is_member], is_patient[None])[0]
+            as_they_are = np.arange(is_member.sum())[None]
+            of_set[voxels] = subjects.t(values[is_member], is_member, as_they_are)[0]
         varying = values[:, np.ptp(values, axis=0) > 0]
         for some in _parts(varying.shape[1], len(exchanges)):
-            reached = np.abs(welch_t(varying, exchanges[some])).max(1, initial=0)
+            reached = np.abs(subjects.t(varying, members[-1], exchanges[some])).max(1, initial=0)
             largest[some] = np.maximum(largest[some], reached)
     return t, largest, mean, coverage
 

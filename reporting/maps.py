@@ -29,6 +29,7 @@ UNITS = {  # of a method's maps
     "SVM weights": "gradient of the decision by intensity",
     "SVM pattern": "intensity per unit of decision",
     "Welch's t": "Welch's t, patients minus controls",
+    "t beside covariates": "t of the label in a linear model with covariates",
 }
 PARAMETERS = {  # of a method, as titles have them
     "beta": "β = {}", "n_steps": "{} steps", "n_samples": "{} samples", "noise": "noise {}",

@@ -62,7 +62,11 @@ def plan(
     """
     only_held_out = subjects == "test"
     n_folds = _count_folds(modelpath, facts, n_folds)
-    if n_folds > len(table) and subjects != "new":
+    if subjects == "new":
+        last_path = checkpoints.weights_path(modelpath, n_folds - 1)
+        if not last_path.is_file():
+            raise InputError(f"the run in {modelpath} is not finished: there is no {last_path}")
+    elif n_folds > len(table):
         raise InputError(f"{n_folds} folds are more than there are scans")
     splits_path = modelpath / "splits.csv"
     unknown = table[["path"]].assign(

@@ -54,7 +54,7 @@ def weights_of(outpath: Path, fold: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_output_tree(run_path):
-    names = {"run.json", "scans.csv", "splits.csv", "predictions.csv", "metrics.csv",
+    names = {"run.json", "scans.csv", "cohort.png", "splits.csv", "predictions.csv", "metrics.csv",
              "loss_curves.png", "roc.png", "train_cv.log", ".locks"}  # fmt: skip
     for fold in range(N_FOLDS):
         names |= {f"state_dict_f{fold}.pth", f"history_f{fold}.csv", f"predictions_f{fold}.csv"}
@@ -295,3 +295,49 @@ def test_scans_that_were_trained_on_are_listed(cohort_csv, tmp_path, more):
     assert table["bytes"].tolist() == [Path(scan).stat().st_size for scan in cohort.scans]
     volumes = cohort.volumes(None, 1)
     assert table["crc32"].tolist() == [zlib.crc32(volumes[i].tobytes()) for i in range(N_SCANS)]
+
+
+# Covariates, and the cohort at a glance
+
+
+def covariates_csv(cohort_csv, folder, **columns) -> str:
+    """Return a CSV of the cohort's scans with a header and further columns."""
+    table = pd.read_csv(cohort_csv, names=["path", "label"])
+    table["path"] = [str(cohort_csv.parent / name) for name in table["path"]]
+    table.assign(**columns).to_csv(folder / "data.csv", index=False)
+    return str(folder / "data.csv")
+
+
+def test_covariates_are_described_and_judged(cohort_csv, tmp_path, capsys):
+    age = [60 + 20 * (i % 2) + i / 10 for i in range(N_SCANS)]
+    csv_path = covariates_csv(cohort_csv, tmp_path, age=age, site=[*"ab"] * (N_SCANS // 2))
+    argv = train_arguments(csv_path, tmp_path / "run", "--covariates", "age")
+    train_cv.main(train_cv.parse_args([*argv, "--epochs", "1"]))
+    assert "age alone, without any scan: ROC AUC 1.00" in capsys.readouterr().out
+    found = pd.read_csv(tmp_path / "run" / "covariates.csv").set_index("fold")
+    assert found.loc["mean", "roc_auc"] == 1
+    table = pd.read_csv(tmp_path / "run" / "cohort.csv")
+    assert set(table["covariate"]) == {"age"} and len(table) == 1 + N_FOLDS
+    strata = pd.read_csv(tmp_path / "run" / "strata.csv")
+    assert len(strata) == 3 and strata["roc_auc"].isna().all()  # fewer than ten of a class
+    assert (tmp_path / "run" / "cohort.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ages", "names", "message"),
+    [
+        (list(range(N_SCANS)), ["weight"], "no column is called that; the columns of"),
+        ([70] * N_SCANS, ["age"], "--covariates age: it is 70 in all rows"),
+        ([*range(N_SCANS - 2), "", "n/a"], ["age"], "row 16: age is missing"),
+        ([*range(N_SCANS - 1), "old"], ["age"], "row 17: age is a number in other rows, got 'old'"),
+    ],
+)
+def test_covariates_at_fault(cohort_csv, tmp_path, refusal, ages, names, message):
+    csv_path = covariates_csv(cohort_csv, tmp_path, age=ages)
+    argv = train_arguments(csv_path, tmp_path / "run", "--covariates", *names)
+    assert message in refusal(train_cv, argv)
+
+
+def test_covariates_need_a_header(cohort_csv, tmp_path, refusal):
+    argv = train_arguments(cohort_csv, tmp_path / "run", "--covariates", "age")
+    assert "not named by a first row" in refusal(train_cv, argv)

@@ -43,7 +43,7 @@ def test_each_fold_explains_its_test_scans(modelpath):
     assert [fold.number for fold in plan] == [0, 1, 2]
     assert plan[2].checkpoint_path == modelpath / "state_dict_f2.pth"
     shuffled = TABLE.iloc[[5, 3, 0, 1, 4, 2]].reset_index(drop=True)
-    assert rows_of(plan_of(modelpath, FACTS, 3, shuffled, True)) == [
+    assert rows_of(plan_of(modelpath, FACTS, 3, shuffled, "test")) == [
         [2, 3], [0, 4, 5], [1],
     ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_every_fold_explains_all_scans_without_splits(modelpath):
     plan = trained_run.plan(modelpath, facts, None, TABLE, TABLE["path"].tolist(), subjects="all")
     assert rows_of(plan) == [[0, 1, 2, 3, 4, 5]] * 3
     with pytest.raises(InputError, match=r"there is no .*splits\.csv.* --subjects all"):
-        plan_of(modelpath, FACTS, None, TABLE, True)
+        plan_of(modelpath, FACTS, None, TABLE, "test")
     (modelpath / "run.json").unlink()  # as published checkpoints have none
     for n_folds, expected in ((None, 5), (2, 2)):
         plan = trained_run.plan(
@@ -86,7 +86,7 @@ def test_the_record_of_another_run_is_refused(modelpath, key, value, message):
     record = json.loads((modelpath / "run.json").read_text())
     files.write_json(modelpath / "run.json", record | {key: value})
     with pytest.raises(InputError, match=message):
-        plan_of(modelpath, FACTS, None, TABLE, True)
+        plan_of(modelpath, FACTS, None, TABLE, "test")
 
 
 def test_other_folds_scans_and_folders_are_refused(modelpath):
