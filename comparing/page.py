@@ -231,12 +231,12 @@ def regions_html(regions: pd.DataFrame) -> str:
     return table_html(["region", *dict.fromkeys(regions["map"])], rows)
 
 
-def picture_html(path: Path, caption: str) -> str:
+def picture_html(path: Path, caption: str, css: str = "") -> str:
     """Return a picture, embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(caption)
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure class="{css}"><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -391,7 +391,9 @@ def page_parts(
     def items(texts: list[str]) -> str:
         return "".join(f"<li>{html.escape(text)}</li>" for text in texts)
 
-    curves = [(path, f"{run.name}: {PICTURES[path.name]}") for run in runs for path in run.pictures]
+    curves = [(path, f"{run.name}: {PICTURES[path.name]}", "" if path.name == "roc.png" else "wide")
+              for run in runs for path in run.pictures]  # fmt: skip
+    curves.sort(key=lambda curve: curve[2])  # the ROC curves side by side, before the wide ones
     overlap_pictures = {"settings.png": "average precision over chance, in every setting",
                         "dice_curves.png": "Dice against the number of voxels taken"}  # fmt: skip
     return {
