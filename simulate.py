@@ -16,7 +16,8 @@ subjects become patients, the other half lose nothing. Which map finds a lesion 
 these scans with this preprocessing?
 
 Written: sub-0001.nii.gz …, data.csv, truth.nii.gz (binary), truth_weights.nii.gz (the share of
-tissue at stake per voxel, 0 to 1), brain.nii.gz (a mask for compare.py) and simulation.json.
+tissue at stake per voxel, 0 to 1), brain.nii.gz (a mask for compare.py), foci.txt (a made-up
+literature for meta.py) and simulation.json.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from loading.template import (
     Template,
     cohort_grid,
     load_template,
+    made_up_literature,
     region_shares,
     smooth,
     template_coordinates,
@@ -260,6 +262,9 @@ def write_cohort(
     image.write_image(args.outpath / "truth.nii.gz", truth_data, like_img, np.uint8)
     image.write_image(args.outpath / "brain.nii.gz", brain_data, like_img, np.uint8)
     files.write_csv(args.outpath / "data.csv", pd.DataFrame(rows))
+    if args.region is None:
+        literature = made_up_literature(args.seed)
+        files.write_bytes(args.outpath / "foci.txt", literature.encode())
     given = {key: value for key, value in vars(args).items() if value not in (None, [])}
     settings = {key: value for key, value in given.items() if key != "outpath"}
     general = {

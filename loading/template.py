@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter, map_coordinates
+
+from utils import derived_seed
 
 ORIGIN_MM = (-96, -132, -78)
 GRID_AT_1MM = (193, 229, 193)
@@ -26,6 +29,8 @@ CSF_TISSUE = 0.1  # grey and white matter in a voxel, below which it is cerebros
 CSF_DEPTH_MM = 3.0  # below the brain's surface
 FWHM_PER_SD = 2.3548
 NEGLIGIBLE = 1e-4  # of a region's tissue: not simulated
+N_EXPERIMENTS, MAX_FOCI, N_SUBJECTS = 79, 12, (8, 61)  # of a made-up literature
+FOCUS_SD_MM, NEAR_SHARE = 6.0, 0.7  # around a planted region, and how many lie there
 MNI_CODE = 4  # NIfTI xform code of MNI 152 space
 
 
@@ -125,3 +130,25 @@ def region_shares(template: Template, coordinates: np.ndarray) -> dict[str, InBo
         for box in find_objects((on_grid_data > 0).astype(np.uint8)):
             found[name] = (box, on_grid_data[box])
     return found
+
+
+def made_up_literature(seed: int) -> str:
+    """Return foci of made-up experiments, in the text format of Sleuth, for meta.py.
+
+    Most lie near the planted regions, the others anywhere in grey matter.
+    """
+    from nilearn import datasets
+
+    rng = np.random.default_rng(derived_seed(seed, purpose="literature"))
+    grey_img = datasets.load_mni152_gm_mask(resolution=2)
+    anywhere_mm = apply_affine(grey_img.affine, np.argwhere(grey_img.get_fdata() > 0))
+    centres_mm = np.array([centre for centre, _ in REGIONS.values()], dtype=float)
+    lines = ["//Reference=MNI"]
+    for number in range(1, N_EXPERIMENTS + 1):
+        n_foci = rng.integers(1, MAX_FOCI + 1)
+        near_mm = rng.choice(centres_mm, n_foci) + rng.normal(0, FOCUS_SD_MM, (n_foci, 3))
+        is_near = rng.random(n_foci) < NEAR_SHARE
+        foci_mm = np.where(is_near[:, None], near_mm, rng.choice(anywhere_mm, n_foci))
+        lines += [f"//Made-up experiment {number}", f"//Subjects={rng.integers(*N_SUBJECTS)}"]
+        lines += [" ".join(f"{mm:.0f}" for mm in focus) for focus in foci_mm] + [""]
+    return "\n".join(lines)

@@ -268,8 +268,6 @@ def draw_slices(
 
 def draw_map(stem: Path, mean_scan_path: Path, title: str, unit: str) -> list[Path]:
     """Draw `stem`.nii.gz over the mean scan: slices, and an offline viewer; return their paths."""
-    from nilearn import plotting
-
     imgs = map(nib.load, (stem.with_suffix(".nii.gz"), mean_scan_path))
     # without their headers: nilearn warns of one that has a qform only
     map_img, scan_img = (nib.Nifti1Image(i.get_fdata(dtype=np.float32), i.affine) for i in imgs)
@@ -279,6 +277,26 @@ def draw_map(stem: Path, mean_scan_path: Path, title: str, unit: str) -> list[Pa
     limit = color_limit(map_data)
     threshold = min(HIDDEN_FRACTION * limit, float(np.abs(map_data).max()))
     paths = draw_slices(stem, map_img, scan_img, title, unit, limit, threshold)
+    heading = VIEWER_HEADING.format(
+        title=html.escape(title), said=html.escape(said_of(unit, threshold, limit))
+    )
+    return [*paths, write_viewer(stem, map_img, scan_img, heading, limit, threshold)]
+
+
+def said_of(unit: str, threshold: float, limit: float) -> str:
+    """Return what a viewer shows."""
+    hidden = f"between −{threshold:.2g} and {threshold:.2g} transparent"
+    return f"{unit}; {hidden}, colours end at ±{limit:.2g}; opened at the peak"
+
+
+def write_viewer(
+    stem: Path, map_img: nib.Nifti1Image, scan_img: nib.Nifti1Image, heading: str, limit: float,
+    threshold: float,
+) -> Path:  # fmt: skip
+    """Write an offline page with linked slices, opened at the map's peak; `heading` is HTML."""
+    from nilearn import plotting
+
+    map_data = map_img.get_fdata()
     peak = np.unravel_index(np.abs(map_data).argmax(), map_data.shape)
     view = plotting.view_img(
         map_img, scan_img, title=None, resampling_interpolation="nearest", black_bg=True,
@@ -286,11 +304,7 @@ def draw_map(stem: Path, mean_scan_path: Path, title: str, unit: str) -> list[Pa
         vmax=limit, threshold=threshold,
     )  # fmt: skip
     page = re.sub(r"<link[^>]*https?:[^>]*>", "", view.get_standalone())  # nilearn 0.14's icon
-    said = f"{unit}; between −{threshold:.2g} and {threshold:.2g} transparent, colours end at "
-    heading = VIEWER_HEADING.format(
-        title=html.escape(title), said=html.escape(f"{said}±{limit:.2g}; opened at the peak")
-    )
     page = re.sub(r"(<body[^>]*>)", lambda match: match[0] + heading, page, count=1)
-    paths.append(stem.with_suffix(".html"))
-    files.write_bytes(paths[-1], page.encode())
-    return paths
+    path = stem.with_suffix(".html")
+    files.write_bytes(path, page.encode())
+    return path

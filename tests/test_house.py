@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train_cv", "heatmap", "svm", "ttest", "predict", "compare", "simulate"}
+SCRIPTS = {"train_cv", "heatmap", "svm", "ttest", "predict", "meta", "compare", "simulate"}
 MODULES = {"models", "dataset", "utils"}
 PACKAGES = {"attribution", "run_folder", "loading", "reporting", "comparing"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where it is not the module's name
@@ -65,7 +65,7 @@ def test_nothing_imports_upwards(rooms, strangers):
             assert not imports_of(path) & strangers, path
 
 
-@pytest.mark.parametrize("script", ["svm", "ttest", "compare", "simulate"])
+@pytest.mark.parametrize("script", ["svm", "ttest", "meta", "compare", "simulate"])
 def test_what_runs_without_torch_does_not_wait_for_it(script):
     """Nor, for its options, for what draws pictures or fits models."""
     code = (
