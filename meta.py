@@ -146,11 +146,11 @@ def find_clusters(
         peak = maximum_position(z_data, numbers, number)
         p = (1 + int((sizes >= n_voxels[number]).sum())) / (1 + len(sizes))
         place_mm = dict(zip("xyz", apply_affine(literature.mask_img.affine, peak), strict=True))
-        rows.append({"cluster": len(rows) + 1, **place_mm, "z": z_data[peak],
+        rows.append({"cluster": len(rows) + 1, **place_mm, "z_value": z_data[peak],
                      "volume_mm3": n_voxels[number] * VOXEL_MM**3, "p": p,
                      "survives": int(p <= alpha)})  # fmt: skip
         surviving |= (numbers == number) & (p <= alpha)
-    columns = ["cluster", "x", "y", "z", "volume_mm3", "p", "survives"]
+    columns = ["cluster", "x", "y", "z", "z_value", "volume_mm3", "p", "survives"]
     return pd.DataFrame(rows, columns=None if rows else columns), surviving
 
 
