@@ -12,7 +12,8 @@ COHORT :=
 	touch $@
 
 # A cohort, five trained folds, their maps, the same of untrained networks, the baselines, and how
-# well all of them find the planted atrophy. Typed again, it goes on.
+# well all of them find the planted atrophy, and a made-up literature about it. Typed again, it goes
+# on.
 METHODS := IG SG GGC LRP
 EXPLAIN := --path $(DEMO)/cohort/data.csv --modelpath $(DEMO)/output --model modelT16 \
 	--method $(METHODS) --target 1 --steps 20 --save-subjects --outpath $(DEMO)/maps --device cpu
@@ -32,6 +33,12 @@ demo: .venv/ready
 		--reference $(DEMO)/cohort/truth.nii.gz --mask $(DEMO)/cohort/brain.nii.gz \
 		--sign neg pos abs --fwhm 10 0 --run $(DEMO)/output $(DEMO)/svm \
 		--outpath $(DEMO)/comparison
+	$(BIN)/python meta.py --foci $(DEMO)/cohort/foci.txt --like $(DEMO)/cohort/brain.nii.gz \
+		--permutations 200 --outpath $(DEMO)/meta
+	$(BIN)/python compare.py --maps $(METHODS:%=$(DEMO)/maps/%_map_all.nii.gz) \
+		$(DEMO)/svm/SVM_pattern_all.nii.gz $(DEMO)/ttest/TTEST_map_all.nii.gz \
+		--reference $(DEMO)/meta/reference.nii.gz --mask $(DEMO)/cohort/brain.nii.gz \
+		--sign neg --fwhm 10 --run $(DEMO)/output $(DEMO)/svm --outpath $(DEMO)/literature
 
 # The demo in four cohorts, and what it says of the methods: docs/study.md. A folder that is finished
 # is skipped.
