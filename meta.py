@@ -188,7 +188,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--alpha", type=number(float, above=0, below=1), default=ALPHA,
            help="family-wise p at which clusters survive")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if 1 / (1 + args.permutations) > args.alpha:
+        parser.error(f"argument --permutations: {args.permutations} cannot give a p of --alpha")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

@@ -45,11 +45,16 @@ def read(tmp_path, content: str | bytes) -> list[tuple]:
         PLAIN.replace("-24 -22 -14", "-24.0 -22 -14.00"),
         PLAIN.replace("patients < controls", "\n//patients < controls").replace(": \n", ":\n"),
         PLAIN.replace("//Jones, 2012\n//Subjects=12", "//Subjects=12\n//Jones, 2012"),
+        PLAIN.replace("patients < controls\n//Subjects=24", "\n//Subjects=24").replace(
+            "//Smith et al., 2010: \n//Subjects=24", "//Subjects=24\n//Smith et al., 2010:\n"
+            "//patients < controls"),
+        PLAIN.replace("Subjects=24", "Subject: 24").replace("-", "\u2013"),
         PLAIN.replace("//Jones", "//Reference=MNI152\n//Jones"),
         PLAIN.replace("//Jones, 2012\n", "//Jones, 2012\n//Reference=mni\n"),
     ],
     ids=["plain", "crlf", "cr", "mark", "blank", "remarks", "separators", "minus", "counts", "case",
-         "decimals", "title-lines", "subjects-first", "reference-again", "reference-inside"],
+         "decimals", "title-lines", "subjects-first", "subjects-before-titles", "dash-and-colon",
+         "reference-again", "reference-inside"],
 )  # fmt: skip
 def test_variants_of_one_file(tmp_path, content):
     assert read(tmp_path, content) == EXPECTED
@@ -103,6 +108,10 @@ def test_an_experiment_without_foci(tmp_path, header):
         ("30.5 -20 -12", "nan -20 -12", "line 5: a focus is three numbers"),
         ("//Subjects=12\n", "", "line 7: an experiment with foci has no line //Subjects=n: 'Jones"),
         ("=12", "=0", "line 8: the number of subjects must be at least 1, got '0'"),
+        ("=MNI", "=Tallinn", "line 1: the reference must be MNI or Talairach, got 'Tallinn'"),
+        ("30.5 -20 -12", "1e300 -20 -12", "line 5: a focus is three numbers"),
+        ("//Subjects=24", "//Subjects=24\n//Subjects=25", "line 4: .* given twice in a row"),
+        ("30.5 -20", "//Reference=TAL\n30.5 -20", "line 6: the reference changes within"),
         ("=12", "=many", "line 8: the number of subjects must be at least 1, got 'many'"),
         ("=12", "=12.5", "line 8: the number of subjects must be at least 1, got '12.5'"),
         ("//Smith et al., 2010: patients < controls\n//Subjects=24\n", "",
@@ -113,6 +122,15 @@ def test_what_cannot_be_meant(tmp_path, old, new, message):
     assert old in PLAIN
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         read(tmp_path, PLAIN.replace(old, new, 1))
+
+
+def test_a_large_number_of_subjects(tmp_path):
+    assert read(tmp_path, PLAIN.replace("=24", "=1,200"))[0][1] == 1200
+
+
+def test_utf_16(tmp_path):
+    with pytest.raises(InputError, match="is UTF-16 or no text; save it as UTF-8"):
+        read(tmp_path, PLAIN.encode("utf-16"))
 
 
 def test_files_without_foci(tmp_path):
