@@ -305,7 +305,8 @@ def assemble(
         map_stem = args.outpath / f"{stem}_map_{outcome}"
         if map_stem.with_suffix(".nii.gz") in written:
             title = f"{method}, {maps.OUTCOME_NAMES[outcome]} ({outcome}): {n_scans} scans"
-            written += pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title, unit)
+            mean_scan_path = args.outpath / maps.MEAN_SCAN
+            written += pictures.draw_map(map_stem, mean_scan_path, title, unit, has_viewer=False)
     return written
 
 

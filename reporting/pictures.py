@@ -266,7 +266,9 @@ def draw_slices(
     return paths
 
 
-def draw_map(stem: Path, mean_scan_path: Path, title: str, unit: str) -> list[Path]:
+def draw_map(
+    stem: Path, mean_scan_path: Path, title: str, unit: str, has_viewer: bool = True
+) -> list[Path]:
     """Draw `stem`.nii.gz over the mean scan: slices, and an offline viewer; return their paths."""
     imgs = map(nib.load, (stem.with_suffix(".nii.gz"), mean_scan_path))
     # without their headers: nilearn warns of one that has a qform only
@@ -277,6 +279,8 @@ def draw_map(stem: Path, mean_scan_path: Path, title: str, unit: str) -> list[Pa
     limit = color_limit(map_data)
     threshold = min(HIDDEN_FRACTION * limit, float(np.abs(map_data).max()))
     paths = draw_slices(stem, map_img, scan_img, title, unit, limit, threshold)
+    if not has_viewer:
+        return paths
     heading = VIEWER_HEADING.format(
         title=html.escape(title), said=html.escape(said_of(unit, threshold, limit))
     )

@@ -121,7 +121,7 @@ def test_a_run_of_the_cpu_resumes_with_a_warning(cohort_csv, run_path, tmp_path)
     assert re.search(r"the run was begun on cpu .*, and goes on on cuda:0", messages)
 
 
-@pytest.mark.parametrize("batch", ["1", "3"])
+@pytest.mark.parametrize("batch", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_maps(cohort_csv, run_path, tmp_path, batch):
     """Of every method, per fold and per scan, as the CPU makes them."""
     more = (

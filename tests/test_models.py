@@ -80,7 +80,9 @@ def test_after_is_the_rest_of_the_network(index):
         assert torch.equal(rest, model(volumes))
 
 
-@pytest.mark.parametrize("name", ["modelA24", "modelC24", "modelT8"])
+@pytest.mark.parametrize(
+    "name", ["modelA24", pytest.param("modelC24", marks=pytest.mark.slow), "modelT8"]
+)
 def test_pooling_before_the_relu_changes_no_bit_of_training(name):
     """Loss, gradients, statistics and weights of some steps are those of the layers in order."""
     side = SMALLEST_SIDE[name[5]]

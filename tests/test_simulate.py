@@ -128,7 +128,7 @@ def test_deformation_moves_anatomy(tmp_path):
     """Two scans are less alike the more they are deformed."""
     apart = []
     for mm in (0, 1.5, 6):
-        folder = simulated(tmp_path / str(mm), "--deformation", mm, "--severity", 0, 0)
+        folder = simulated(tmp_path / str(mm), "--n", 3, "--deformation", mm, "--severity", 0, 0)
         first, second = (load(folder / f"sub-000{i}.nii.gz") for i in (1, 3))
         in_both = (first > 0) & (second > 0)
         apart.append(1 - np.corrcoef(first[in_both], second[in_both])[0, 1])
