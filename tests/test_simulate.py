@@ -204,6 +204,8 @@ def test_loss_by_its_formula(controls_csv, tmp_path):
     scan = nib.load(controls_csv.parent / "own1.nii")
     region_data = np.zeros(scan.shape, np.float32)
     region_data[10:14, 12:15, 9:11], region_data[14, 12:15, 9:11] = 1, 0.5
+    region_data[:2, :2, :2] = 1  # outside the head, where nothing can be lost
+    assert not scan.get_fdata()[:2, :2, :2].any()
     nib.save(nib.Nifti1Image(region_data, scan.affine), tmp_path / "region.nii")
     table = plant(controls_csv, tmp_path / "out", "--region", tmp_path / "region.nii")
     drawn = json.loads((tmp_path / "out" / "simulation.json").read_text())["severities"]
