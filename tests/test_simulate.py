@@ -147,8 +147,10 @@ def controls_csv(tmp_path_factory):
     rows = []
     for index in range(1, 10, 2):
         like = nib.Nifti1Image(np.zeros((33, 37, 28), np.float32), affine)
-        img = resample_to_img(nib.load(folder / f"sub-{index:04d}.nii.gz"), like,
-                              interpolation="nearest", force_resample=True, copy_header=True)  # fmt: skip
+        img = resample_to_img(
+            nib.load(folder / f"sub-{index:04d}.nii.gz"), like, interpolation="nearest",
+            force_resample=True, copy_header=True,
+        )  # fmt: skip
         img.set_sform(affine, 4)
         nib.save(img, folder / f"own{index}.nii")
         rows.append(f"own{index}.nii,0,{'twin' if index < 4 else f's{index}'}\n")
