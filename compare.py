@@ -38,12 +38,12 @@ import pandas as pd
 from nibabel import Nifti1Image
 
 import utils
-from comparing import finding, measures, overlap, page, peaks
+from comparing import finding, measures, overlap, page, peaks, viewer
 from comparing.maps import Map, load_maps
 from comparing.measures import Measured, Settings
 from comparing.runs import Run, differences, load_runs, runs_table
 from comparing.space import Space, load_atlas, load_space
-from reporting import metrics, pictures
+from reporting import map_pictures, metrics, pictures
 from run_folder import files
 from run_folder.processes import run_script
 from utils import log, printable
@@ -205,9 +205,9 @@ def draw_maps(
     for name in utils.progress(shown, "pictures"):
         data = np.zeros(space.mask_data.shape, dtype=np.float32)
         data[space.mask_data] = found[name].values
-        limit = pictures.color_limit(data)
+        limit = map_pictures.color_limit(data)
         unit = str(sidecars[name].get("unit", "value"))
-        drawn += pictures.draw_slices(
+        drawn += map_pictures.draw_slices(
             args.outpath / file_name(name), Nifti1Image(data, affine), background_img,
             pictures.label_of(f"{name}, {how}--sign {args.sign[0]}", MAX_NAME),
             pictures.label_of(printable(unit), MAX_NAME), limit, min(thresholds[name], limit),
@@ -250,7 +250,7 @@ def write_report(
         peaks_of, runs, maps, args.permutations, args.outpath, first_picture,
     )  # fmt: skip
     values = {name: each.values for name, each in found.items()}
-    data = page.viewer_data(maps, sidecars, values, thresholds, peaks_of, args.fwhm[0], space)
+    data = viewer.viewer_data(maps, sidecars, values, thresholds, peaks_of, args.fwhm[0], space)
     content = page.write_page(parts | page.explanations(settings, space), data)
     files.write_bytes(args.outpath / "report.html", content)
     return said

@@ -33,7 +33,7 @@ import dataset
 import models
 import utils
 from loading import image
-from reporting import maps, mean_maps, metrics, pictures
+from reporting import map_pictures, maps, mean_maps, metrics
 from reporting.maps import ExplainedScan, FoldMaps, RunningMean
 from run_folder import checkpoints, files, folds, trained_run
 from run_folder import device as devices
@@ -299,14 +299,10 @@ def assemble(
             continue
         files.write_json(map_stem.with_suffix(".json"), sidecar | {"map": kind})
         title = maps.title_of(sidecar | {"map": kind}) + (f" · {verdict.short}" if verdict else "")
-        drawn = pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title, unit)
+        drawn = map_pictures.draw_map(map_stem, args.outpath / maps.MEAN_SCAN, title, unit)
         written += [map_stem.with_suffix(".json"), *drawn]
-    for outcome, n_scans in table["outcome"].value_counts().items():
-        map_stem = args.outpath / f"{stem}_map_{outcome}"
-        if map_stem.with_suffix(".nii.gz") in written:
-            title = f"{method}, {maps.OUTCOME_NAMES[outcome]} ({outcome}): {n_scans} scans"
-            mean_scan_path = args.outpath / maps.MEAN_SCAN
-            written += pictures.draw_map(map_stem, mean_scan_path, title, unit, has_viewer=False)
+    if args.by_outcome:
+        written += mean_maps.draw_outcomes(args.outpath, stem, method, table, unit)
     return written
 
 

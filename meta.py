@@ -35,7 +35,7 @@ from comparing import ale, sleuth
 from comparing.sleuth import Experiment
 from comparing.space import average_over_voxels
 from loading import image
-from reporting import pictures
+from reporting import map_pictures
 from run_folder import files
 from run_folder.processes import run_script
 from utils import log, some_of
@@ -162,13 +162,15 @@ def draw(outpath: Path, z_img: nib.Nifti1Image, reference_img: nib.Nifti1Image, 
     background_img = resample_to_img(
         datasets.load_mni152_template(VOXEL_MM), z_img, force_resample=True, copy_header=True
     )
-    limit = max(pictures.color_limit(z_img.get_fdata()), SHOWN_Z)
+    limit = max(map_pictures.color_limit(z_img.get_fdata()), SHOWN_Z)
     stem, has_any = outpath / "meta", bool(reference_img.get_fdata().any())
-    pictures.draw_slices(
+    map_pictures.draw_slices(
         stem, z_img, background_img, title, "z", limit, SHOWN_Z, reference_img if has_any else None
     )
-    heading = HEADING.format(html.escape(title), html.escape(pictures.said_of("z", SHOWN_Z, limit)))
-    pictures.write_viewer(stem, z_img, background_img, heading, limit, SHOWN_Z)
+    heading = HEADING.format(
+        html.escape(title), html.escape(map_pictures.said_of("z", SHOWN_Z, limit))
+    )
+    map_pictures.write_viewer(stem, z_img, background_img, heading, limit, SHOWN_Z)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -214,7 +216,7 @@ def main(args: argparse.Namespace) -> None:
 
     maps = {"ale": -np.expm1(-total_data), "z": z_data}
     for name, data in maps.items():
-        labels = pictures.color_labels(data, name, f"ALE of {args.foci.name}: {name}")
+        labels = map_pictures.color_labels(data, name, f"ALE of {args.foci.name}: {name}")
         image.write_image(args.outpath / f"{name}.nii.gz", data, grid_img, labels=labels)
     image.write_image(args.outpath / "reference.nii.gz", surviving, grid_img, np.uint8)
     if like_img is not None:

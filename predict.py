@@ -30,6 +30,7 @@ from torch import nn
 import dataset
 import models
 import utils
+from comparing import linear_svm
 from loading import image
 from loading.cache import Volumes
 from reporting import glance, maps, metrics, pictures
@@ -197,27 +198,11 @@ def write_scores(args: argparse.Namespace, predictions: pd.DataFrame, name: str)
     return [metrics.as_text(table), said]
 
 
-def load_svm(folder: Path, like_img: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the SVMs' weights, (n_folds, n_voxels), their intercepts, and the mean scan."""
-    table = files.read_csv(folder / "intercepts.csv", {"fold": int, "intercept": float})
-    paths = [folder / f"SVM_weights_f{fold}.nii.gz" for fold in table["fold"]]
-    imgs = [image.read_image(path, "map of svm.py") for path in (*paths, folder / maps.MEAN_SCAN)]
-    for img, path in zip(imgs, (*paths, folder / maps.MEAN_SCAN), strict=True):
-        if not image.same_space(img, like_img):
-            raise InputError(f"--svm: {path} is not on the grid of the run's scans")
-    *weights, mean = (img.get_fdata(dtype=np.float32).ravel() for img in imgs)
-    return np.array(weights), table["intercept"].to_numpy(), mean
-
-
 def predict_svm(
     cohort: dataset.Cohort, volumes: Volumes, svm: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> pd.DataFrame:
     """Return the SVMs' predictions in the networks' format; the logistic function ranks scans."""
-    weights, intercepts, mean = svm
-    decisions = np.array(
-        [weights @ (volumes[row].ravel() - mean) + intercepts
-         for row in utils.progress(range(len(volumes)), "SVM", unit="scan")]
-    )  # fmt: skip
+    decisions = linear_svm.decide(volumes, *svm)
     table = cohort.table.copy()
     for fold, of_fold in enumerate(decisions.T):
         table[f"probability_f{fold}"] = 1 / (1 + np.exp(-of_fold))
@@ -272,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     run = RunFolder(
         args.outpath, "run", new_record("predict.py", vars(args), **facts), COMPARED, RESULTS
     )
-    svm = load_svm(args.svm, like_img) if args.svm else None
+    svm = linear_svm.load(args.svm, like_img) if args.svm else None
     from_first(lambda: run.check(args.overwrite))  # nothing is written yet
     from_first(lambda: check_unseen(args, cohort))
     run = from_first(lambda: run.start(args.overwrite))
@@ -295,8 +280,7 @@ def main(args: argparse.Namespace) -> None:
     if utils.is_first():
         with run.finish() as is_complete:
             if is_complete:
-                r = glance.likeness(volumes, range(len(volumes)))
-                glance.draw(args.outpath / "cohort.png", volumes, cohort.table["path"], r)
+                glance.draw(args.outpath / "cohort.png", volumes, cohort.table["path"])
                 said = write_scores(args, gather(args.outpath, cohort, len(plan)), "")
                 if svm:
                     said += write_scores(args, predict_svm(cohort, volumes, svm), "svm_")

@@ -25,7 +25,6 @@ import pandas as pd
 import dataset
 import utils
 from comparing import linear_svm
-from loading import image
 from reporting import maps, mean_maps, metrics, pictures
 from run_folder import files, folds
 from run_folder.processes import run_script
@@ -129,9 +128,7 @@ def main(args: argparse.Namespace) -> None:
         fold_maps = fold_maps.reshape(len(fits), len(MAPS), *cohort.volume_shape)
     volumes.remove(is_own=args.cache_dir is None)
 
-    for name, values in ((maps.MEAN_SCAN, mean), (maps.COVERAGE, coverage)):
-        data = values.reshape(cohort.volume_shape)
-        image.write_image(args.outpath / name, data, cohort.like_img)
+    mean_maps.write_background(args.outpath, mean, coverage, cohort.like_img)
     written = write_maps(args, cohort, fold_maps)
     table = write_tables(args, cohort, fits, predictions)
     of_maps = [path for path in written if path.name.endswith(".nii.gz")]

@@ -227,7 +227,9 @@ def assemble(args: argparse.Namespace, cohort: dataset.Cohort) -> list[str]:
     said = [metrics.verdict(table).sentence]
     if cohort.covariates is not None:
         splits = folds.read(outpath / "splits.csv", cohort.table, cohort.scans)
-        said.append(write_covariates(args, cohort, splits, table))
+        said.append(
+            covariates.write(outpath, cohort.table, cohort.covariates, splits, args.seed, table)
+        )
         of_strata = covariates.strata(predictions, cohort.covariates, subjects, args.seed)
         files.write_csv(outpath / "strata.csv", of_strata)
     return [metrics.as_text(table), *said, str(outpath), f"next: {following}"]
@@ -240,23 +242,9 @@ def show_cohort(
     path = args.outpath / "cohort.png"
     if not utils.is_first() or path.is_file():
         return
-    r = glance.likeness(volumes, range(len(volumes)))
-    glance.draw(path, volumes, cohort.table["path"], r)
+    glance.draw(path, volumes, cohort.table["path"])
     if cohort.covariates is not None:
-        log.info(write_covariates(args, cohort, splits))
-
-
-def write_covariates(
-    args: argparse.Namespace, cohort: dataset.Cohort, splits: pd.DataFrame,
-    networks: pd.DataFrame | None = None,
-) -> str:  # fmt: skip
-    """Write what the covariates are, and what they tell without any scan; return a sentence."""
-    values, subjects = cohort.covariates, cohort.table.get("subject")
-    files.write_csv(args.outpath / "cohort.csv", covariates.describe(cohort.labels, values, splits))
-    alone = covariates.predict(cohort.labels, values, splits)
-    table = metrics.metrics_table(alone, subjects, args.seed)
-    files.write_csv(args.outpath / "covariates.csv", table)
-    return covariates.sentence(table, list(values), networks)
+        log.info(covariates.write(args.outpath, cohort.table, cohort.covariates, splits, args.seed))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

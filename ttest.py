@@ -142,9 +142,7 @@ def main(args: argparse.Namespace) -> None:
         t, largest, mean, coverage = group_difference.compare(volumes, subjects, members, exchanges)
     volumes.remove(is_own=args.cache_dir is None)
 
-    for name, values in ((maps.MEAN_SCAN, mean), (maps.COVERAGE, coverage)):
-        data = values.reshape(cohort.volume_shape)
-        image.write_image(args.outpath / name, data, cohort.like_img)
+    mean_maps.write_background(args.outpath, mean, coverage, cohort.like_img)
     counts = {f"n_{name}": int((subjects.labels == label).sum())
               for name, label in (("patients", 1), ("controls", 0))}  # fmt: skip
     written = write_maps(args, cohort, t, largest, counts)

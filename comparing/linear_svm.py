@@ -1,11 +1,16 @@
 """Linear SVMs of all folds from one Gram matrix; scans are read a range of voxels at a time."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 
+from loading import image
 from loading.cache import BLOCK_BYTES, Volumes
-from utils import log
+from reporting import maps
+from run_folder import files
+from utils import InputError, log, progress
 
 TILE_ROWS = 1024  # of the Gram matrix at a time: no second one is needed
 TOLERANCE = 1e-9  # of the optimiser; weights are then good to a millionth of their maximum
@@ -97,3 +102,23 @@ def combine_scans(
     for voxels, block in volumes.blocks("maps", block_bytes):
         maps[:, voxels] = coefficients @ block
     return maps
+
+
+def load(folder: Path, like_img: SpatialImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the SVMs' weights, (n_folds, n_voxels), their intercepts, and the mean scan."""
+    table = files.read_csv(folder / "intercepts.csv", {"fold": int, "intercept": float})
+    paths = [folder / f"SVM_weights_f{fold}.nii.gz" for fold in table["fold"]]
+    imgs = [image.read_image(path, "map of svm.py") for path in (*paths, folder / maps.MEAN_SCAN)]
+    for img, path in zip(imgs, (*paths, folder / maps.MEAN_SCAN), strict=True):
+        if not image.same_space(img, like_img):
+            raise InputError(f"--svm: {path} is not on the grid of the run's scans")
+    *weights, mean = (img.get_fdata(dtype=np.float32).ravel() for img in imgs)
+    return np.array(weights), table["intercept"].to_numpy(), mean
+
+
+def decide(
+    volumes: Volumes, weights: np.ndarray, intercepts: np.ndarray, mean: np.ndarray
+) -> np.ndarray:
+    """Return the decisions of the SVMs that `load` returns, (n_scans, n_folds)."""
+    rows = progress(range(len(volumes)), "SVM", unit="scan")
+    return np.array([weights @ (volumes[row].ravel() - mean) + intercepts for row in rows])

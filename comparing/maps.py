@@ -106,3 +106,14 @@ def fold_paths(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(stem) + r"_f(\d+)\.nii" + re.escape(suffix))
     found = [(pattern.fullmatch(p.name), p) for p in path.parent.iterdir()]
     return [p for match, p in sorted((int(m[1]), p) for m, p in found if m)]
+
+
+def in_order(maps: dict[str, Map]) -> list[str]:
+    """Return the names of the maps, each control behind its map."""
+    name_of = {each.path: name for name, each in maps.items()}
+    pairs = [
+        (name, name_of.get(control_path(each.path), name))
+        for name, each in maps.items()
+        if not each.is_control
+    ]
+    return list(dict.fromkeys([*(name for pair in pairs for name in pair), *maps]))

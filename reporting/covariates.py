@@ -3,10 +3,13 @@
 Covariates have a row a scan and a column each: numbers, or words.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from reporting import metrics
+from run_folder import files
 
 FEW_NUMBERS = 5  # distinct values: a column of numbers with no more is one of codes
 N_STRATA = 3  # of a number: tertiles
@@ -126,3 +129,18 @@ def sentence(table: pd.DataFrame, names: list[str], networks: pd.DataFrame | Non
                 "instead of the disease, and their maps may show that."
             )
     return said
+
+
+def write(
+    outpath: Path, table: pd.DataFrame, covariates: pd.DataFrame, splits: pd.DataFrame, seed: int,
+    networks: pd.DataFrame | None = None,
+) -> str:  # fmt: skip
+    """Write cohort.csv and covariates.csv; return what the covariates tell.
+
+    `table` has label and, if known, subject of each scan.
+    """
+    labels = table["label"].to_numpy()
+    files.write_csv(outpath / "cohort.csv", describe(labels, covariates, splits))
+    found = metrics.metrics_table(predict(labels, covariates, splits), table.get("subject"), seed)
+    files.write_csv(outpath / "covariates.csv", found)
+    return sentence(found, list(covariates), networks)

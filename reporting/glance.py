@@ -50,10 +50,11 @@ def at_a_glance(volumes: Volumes, paths: pd.Series) -> str:
     return f"of {len(rows)} scans, least like their mean (correlation): {shown}"
 
 
-def draw(path: Path, volumes: Volumes, paths: pd.Series, r: np.ndarray) -> None:
+def draw(path: Path, volumes: Volumes, paths: pd.Series) -> None:
     """Draw three slices through the middle of up to `N_SHOWN` scans, and log the least alike."""
     from matplotlib.figure import Figure
 
+    r = likeness(volumes, range(len(volumes)))
     chosen = choose(r)
     n_rows = -(-len(chosen) // N_COLUMNS)
     figure = Figure(figsize=(1.9 * N_COLUMNS, ROW_INCHES * n_rows + 0.4), facecolor="black")

@@ -9,12 +9,13 @@ from nibabel.spatialimages import SpatialImage
 
 import utils
 from loading import image
-from reporting import pictures
+from reporting import map_pictures
 from reporting.maps import (
     COVERAGE,
     IG_TOLERANCE,
     KINDS,
     MEAN_SCAN,
+    OUTCOME_NAMES,
     OUTCOMES,
     TABLE_COLUMNS,
     UNITS,
@@ -87,7 +88,7 @@ def assemble(
                 mean.add(read_map(path, shape) * weight)
         if mean.n:
             written.append(outpath / f"{stem}_{kind}_all.nii.gz")
-            labels = pictures.color_labels(mean.mean(), f"{stem} {kind}", described)
+            labels = map_pictures.color_labels(mean.mean(), f"{stem} {kind}", described)
             image.write_image(written[-1], mean.mean(), like_img, labels=labels)
         if 0 < mean.n < len(weights):
             missing = [f for f in weights if not (outpath / f"{stem}_{kind}_f{f}.nii.gz").is_file()]
@@ -103,6 +104,21 @@ def assemble(
             written.append(outpath / f"{stem}_map_{outcome}.nii.gz")
             write_mean(written[-1], parts, like_img)
     return table, shares, written
+
+
+def draw_outcomes(
+    outpath: Path, stem: str, method: str, table: pd.DataFrame, unit: str
+) -> list[Path]:
+    """Draw the maps by outcome that there are, with their numbers of scans; return the pictures."""
+    drawn = []
+    for outcome, n_scans in table["outcome"].value_counts().items():
+        map_stem = outpath / f"{stem}_map_{outcome}"
+        if map_stem.with_suffix(".nii.gz").is_file():
+            title = f"{method}, {OUTCOME_NAMES[outcome]} ({outcome}): {n_scans} scans"
+            drawn += map_pictures.draw_map(
+                map_stem, outpath / MEAN_SCAN, title, unit, has_viewer=False
+            )
+    return drawn
 
 
 def describe(method: str, table: pd.DataFrame, shares: dict[int, float]) -> dict:
@@ -140,6 +156,15 @@ def warn_of(method: str, n_zero: pd.Series, shares: dict[int, float], parts: set
         log.warning("%s: not all explained scans were held out; see the column part", method)
 
 
+def write_background(
+    outpath: Path, mean: np.ndarray, coverage: np.ndarray, like_img: SpatialImage
+) -> None:
+    """Write what a baseline's maps are drawn on and masked by, each (n_voxels,)."""
+    for name, values in ((MEAN_SCAN, mean), (COVERAGE, coverage)):
+        data = values.reshape(image.volume_shape(like_img))
+        image.write_image(outpath / name, data, like_img)
+
+
 def write_baseline(
     outpath: Path, name: str, of_folds: np.ndarray, like_img: SpatialImage, method: str,
     sidecar: dict,
@@ -155,7 +180,7 @@ def write_baseline(
     mean_data = of_folds.mean(0, dtype=np.float64)
     sidecar = {"method": method, "n_folds": len(of_folds)} | sidecar
     title = title_of(sidecar)
-    labels = pictures.color_labels(mean_data, name, title)
+    labels = map_pictures.color_labels(mean_data, name, title)
     image.write_image(stem.with_suffix(".nii.gz"), mean_data, like_img, labels=labels)
     general = {
         "unit": UNITS[method],
@@ -164,5 +189,5 @@ def write_baseline(
         "versions": utils.versions(),
     }
     files.write_json(stem.with_suffix(".json"), sidecar | general)
-    drawn = pictures.draw_map(stem, outpath / MEAN_SCAN, title, UNITS[method])
+    drawn = map_pictures.draw_map(stem, outpath / MEAN_SCAN, title, UNITS[method])
     return [stem.with_suffix(".nii.gz"), stem.with_suffix(".json"), *drawn]

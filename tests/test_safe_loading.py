@@ -31,7 +31,7 @@ import svm
 import train_cv
 from comparing import page, runs
 from loading.cache import Volumes
-from reporting import pictures
+from reporting import map_pictures
 from reporting.metrics import SUMMARY_ROWS
 
 ROOT = Path(train_cv.__file__).parent
@@ -326,7 +326,7 @@ def test_page_of_hostile_names(modelpath, tmp_path):
 
 def test_viewer_of_a_hostile_title(tmp_path):
     path = save_scan(tmp_path / "m.nii.gz", make_volume(0, 1))
-    *_, html_path = pictures.draw_map(tmp_path / "m", path, MARKUP, MARKUP)
+    *_, html_path = map_pictures.draw_map(tmp_path / "m", path, MARKUP, MARKUP)
     text = html_path.read_text()
     assert not [tag for tag, attributes in Tags(text).tags if "onerror" in attributes]
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text

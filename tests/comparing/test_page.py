@@ -14,7 +14,7 @@ from conftest import SHAPE, make_volume, save_scan
 from nilearn.image import smooth_img
 
 import compare
-from comparing import finding, page
+from comparing import finding, page_tables, viewer
 from comparing.maps import Map
 from comparing.measures import Settings
 from comparing.runs import Run
@@ -178,7 +178,7 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
     said = finding.sentence_of(judged, Settings(["neg"], [10.0], 99, 0), is_void=True)
     assert "1 of 4 maps find" in said and "B 0.30" in said and "Not so: D, A, C." in said
     assert "the networks are at chance" in said
-    bars = page.bars_html(judged)
+    bars = page_tables.bars_html(judged)
     assert bars.count("bar finds") == 1 and bars.count("bar fails") == 3
     assert bars.index("D") < bars.index("A") and "left:25.0%" in bars
 
@@ -204,7 +204,7 @@ def test_shrink_keeps_places_and_means():
     data = np.random.default_rng(0).random((8, 9, 10)).astype(np.float32)
     affine = np.diag([-1.0, 1, 0.5, 1])
     affine[:3, 3] = 3, 4, 5
-    found = page.shrink(nib.Nifti1Image(data, affine))
+    found = viewer.shrink(nib.Nifti1Image(data, affine))
     assert found.shape == (4, 4, 2)  # 2 mm: blocks of 2 × 2 × 4, the rest is cut off
     expected = data[6:8, 0:2, 0:4].mean()
     assert found.get_fdata()[0, 0, 0] == pytest.approx(expected, rel=2e-5)

@@ -33,7 +33,7 @@ def test_odd_scans_are_least_like_the_mean(odd_cohort, tmp_path):
     assert {row for row, _ in glance.choose(r)[:2]} == {3, 5}
     said = glance.at_a_glance(volumes, odd_cohort.table["path"])
     assert said.index("s3.nii.gz") < said.index("s0.nii.gz") and f"{r[3]:.3f}" in said
-    glance.draw(tmp_path / "cohort.png", volumes, odd_cohort.table["path"], r)
+    glance.draw(tmp_path / "cohort.png", volumes, odd_cohort.table["path"])
     assert (tmp_path / "cohort.png").stat().st_size > 1000
 
 

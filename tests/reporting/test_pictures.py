@@ -7,28 +7,28 @@ import pytest
 from conftest import AFFINE, SHAPE, make_volume, save_scan
 
 from loading.image import write_image
-from reporting import pictures
+from reporting import map_pictures, pictures
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def test_color_limit():
-    assert pictures.color_limit(np.arange(-1000, 1001)) == pytest.approx(1000, rel=0.01)
-    assert pictures.color_limit(np.zeros(5)) == 1
+    assert map_pictures.color_limit(np.arange(-1000, 1001)) == pytest.approx(1000, rel=0.01)
+    assert map_pictures.color_limit(np.zeros(5)) == 1
     outlier = np.append(np.ones(10_000), 1e6)
-    assert pictures.color_limit(outlier) == pytest.approx(1)
+    assert map_pictures.color_limit(outlier) == pytest.approx(1)
 
 
 def test_cuts_go_through_the_peaks_or_evenly_through_the_head():
     data, nothing = np.zeros(SHAPE), np.zeros(SHAPE)
     data[4:20, 6:8, 10:20] = 1
     scan_img = nib.Nifti1Image(data, AFFINE)
-    cuts = pictures.slice_cuts(nib.Nifti1Image(nothing, AFFINE), scan_img, 0.5)
+    cuts = map_pictures.slice_cuts(nib.Nifti1Image(nothing, AFFINE), scan_img, 0.5)
     assert cuts["x"].min() >= 30 - 2 * 19 and cuts["x"].max() <= 30 - 2 * 4
     assert cuts["y"].min() >= -40 + 2.5 * 6 and cuts["y"].max() <= -40 + 2.5 * 7
     assert np.diff(cuts["z"]) == pytest.approx(np.diff(cuts["z"])[0]) and len(cuts["z"]) == 7
     nothing[15:18, 7:10, 11:14] = -2
-    cuts = pictures.slice_cuts(nib.Nifti1Image(nothing, AFFINE), scan_img, 0.5)
+    cuts = map_pictures.slice_cuts(nib.Nifti1Image(nothing, AFFINE), scan_img, 0.5)
     for axis, centre in zip("xyz", AFFINE @ (16, 8, 12, 1), strict=False):
         assert np.abs(cuts[axis] - centre).min() <= 2.5
 
@@ -36,7 +36,7 @@ def test_cuts_go_through_the_peaks_or_evenly_through_the_head():
 def test_map_of_zeros_is_drawn(tmp_path):
     save_scan(tmp_path / "m.nii.gz", np.zeros(SHAPE, dtype=np.float32))
     save_scan(tmp_path / "scan.nii.gz", make_volume(0, 0))
-    png_path, _, html_path = pictures.draw_map(
+    png_path, _, html_path = map_pictures.draw_map(
         tmp_path / "m", tmp_path / "scan.nii.gz", "a title", "a unit"
     )
     assert png_path.read_bytes().startswith(PNG_SIGNATURE) and "a title" in html_path.read_text()
@@ -51,7 +51,7 @@ def test_a_map_with_a_qform_only_is_drawn_without_nilearns_warning(tmp_path):
         img.set_qform(affine, 1)
         img.set_sform(None, 0)
         nib.save(img, tmp_path / name)
-    pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title", "a unit")
+    map_pictures.draw_map(tmp_path / "m", tmp_path / "scan.nii.gz", "a title", "a unit")
 
 
 def test_loss_curves_mark_folds_that_have_not_learned(tmp_path, monkeypatch):
@@ -72,11 +72,13 @@ def test_loss_curves_mark_folds_that_have_not_learned(tmp_path, monkeypatch):
 def test_viewers_find_colours_and_names_in_a_maps_header(tmp_path):
     """As nibabel and, where it is installed, ITK read them."""
     data = make_volume(0, 1) - 0.5
-    labels = pictures.color_labels(data, "IG map", "IG of the patients' logit, modelA24 · 5 folds")
+    labels = map_pictures.color_labels(
+        data, "IG map", "IG of the patients' logit, modelA24 · 5 folds"
+    )
     like_img = nib.load(save_scan(tmp_path / "scan.nii.gz", data))
     write_image(tmp_path / "m.nii.gz", data, like_img, labels=labels)
     header = nib.load(tmp_path / "m.nii.gz").header
-    assert float(header["cal_max"]) == pytest.approx(pictures.color_limit(data))
+    assert float(header["cal_max"]) == pytest.approx(map_pictures.color_limit(data))
     assert float(header["cal_min"]) == -float(header["cal_max"])
     assert bytes(header["intent_name"]).rstrip(b"\0") == b"IG map"
     description = bytes(header["descrip"]).rstrip(b"\0")
