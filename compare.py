@@ -165,7 +165,7 @@ def compare_maps(
     sidecars = finding.read_sidecars(maps)
     drawn = draw_maps(args, maps, found, thresholds, sidecars, space)
     said = write_report(
-        args, tables, found, peaks_of, thresholds, runs, maps, sidecars, space, drawn
+        args, settings, tables, found, peaks_of, thresholds, runs, maps, sidecars, space, drawn
     )
     shown = table[[name for name in SHOWN if name in table]]
     utils.conclude(metrics.as_text(shown), *said, f"open {args.outpath / 'report.html'}")
@@ -217,16 +217,16 @@ def draw_maps(
 
 
 def write_report(
-    args: argparse.Namespace, tables: dict[str, pd.DataFrame], found: dict[str, Measured],
-    peaks_of: dict[str, pd.DataFrame], thresholds: dict[str, float], runs: list[Run],
-    maps: dict[str, Map], sidecars: dict[str, dict], space: Space, first_picture: Path | None,
+    args: argparse.Namespace, settings: Settings, tables: dict[str, pd.DataFrame],
+    found: dict[str, Measured], peaks_of: dict[str, pd.DataFrame], thresholds: dict[str, float],
+    runs: list[Run], maps: dict[str, Map], sidecars: dict[str, dict], space: Space,
+    first_picture: Path | None,
 ) -> list[str]:  # fmt: skip
     """Write report.html; return the sentences that it begins with."""
-    settings = Settings(args.sign, args.fwhm, args.permutations, args.seed)
     first = tables["comparison"].drop_duplicates("map")
     judged = finding.judge(first, maps) if space.inside is not None else pd.DataFrame()
     said = finding.verdicts(runs, sidecars)
-    is_void = any("explain nothing" in sentence for sentence in said)
+    is_void = any("explain nothing" in sentence for sentence in said)  # sidecars have it, too
     said.append(
         finding.sentence_of(judged, settings, is_void) if len(judged)
         else finding.of_stability(first)
@@ -251,7 +251,9 @@ def write_report(
     )  # fmt: skip
     values = {name: each.values for name, each in found.items()}
     data = viewer.viewer_data(maps, sidecars, values, thresholds, peaks_of, args.fwhm[0], space)
-    content = page.write_page(parts | page.explanations(settings, space), data)
+    content = page.write_page(
+        parts | page.explanations(settings, space, "IG_contrast" in maps), data
+    )
     files.write_bytes(args.outpath / "report.html", content)
     return said
 

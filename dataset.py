@@ -139,6 +139,7 @@ def read_covariates(
         numbers = pd.to_numeric(
             texts.str.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True), errors="coerce"
         )
+        numbers = numbers.where(np.isfinite(numbers))
         is_missing = texts.str.casefold().isin(table.MISSING)
         is_word = numbers.isna() & ~is_missing
         if is_word.any() and not is_word[~is_missing].all():

@@ -135,7 +135,7 @@ def sentence_of(judged: pd.DataFrame, settings: Settings, is_void: bool) -> str:
     if len(others):
         said += f" Not so: {', '.join(others.index)}."
     if is_void:
-        said += " But the networks are at chance: what their maps show is not the disease."
+        said += " But the networks are at chance: do not read their maps."
     return said
 
 

@@ -41,7 +41,7 @@ def outcomes_html(maps: dict[str, Map]) -> str:
     return "".join(found)
 
 
-def explanations(settings: Settings, space: Space) -> dict[str, str]:
+def explanations(settings: Settings, space: Space, has_ig_contrast: bool) -> dict[str, str]:
     """Return what the page says of the settings that it shows."""
     width, n = settings.fwhms_mm[0], settings.n_permutations
     how = f"--sign {settings.signs[0]}" + f", smoothed by {width:g} mm" * bool(width)
@@ -52,8 +52,9 @@ def explanations(settings: Settings, space: Space) -> dict[str, str]:
     said = {
         "bars_say": "Bars: Dice with the reference at matched size. Dotted: chance. Orange: the "
         "same map of untrained networks. Grey bars do not lie above both by two standard errors "
-        f"(±). Measured with {how}; every other setting stands below. The contrast of IG reads "
-        "with the other sign."
+        f"(±). Measured with {how}; every other setting stands below."
+        + " The contrast of IG reads with the other sign."
+        * has_ig_contrast
         if space.inside is not None
         else "",
         "maps_say": f"Blue is negative, orange positive. Shown are {taken}, those with the "

@@ -55,17 +55,19 @@ def slice_cuts(
 ) -> dict[str, np.ndarray]:
     """Return where to cut, in mm: at the map's peaks, or evenly through the head if it has none."""
     from nilearn import plotting
+    from nilearn.image import reorder_img
 
     data = np.abs(map_img.get_fdata())
     shown_img = nib.Nifti1Image(np.where(data >= threshold, data, 0), map_img.affine)
     if shown_img.get_fdata().any():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer peaks than cuts: it takes their neighbours
+            shown_img = reorder_img(shown_img, resample="nearest", copy_header=True)  # if oblique
             found = {axis: plotting.find_cut_slices(shown_img, axis, N_CUTS) for axis in "xyz"}
-        corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(data.shape) - 1)
-        corners_mm = nib.affines.apply_affine(map_img.affine, corners)
-        ends_mm = zip("xyz", corners_mm.min(0), corners_mm.max(0), strict=True)
-        return {axis: np.unique(np.clip(found[axis], *ends)) for axis, *ends in ends_mm}
+        ends = np.array([(0, 0, 0), shown_img.shape]) - [[0], [1]]
+        ends_mm = np.sort(nib.affines.apply_affine(shown_img.affine, ends), axis=0).T
+        limits = zip("xyz", ends_mm, strict=True)
+        return {axis: np.unique(np.clip(found[axis], *ends)) for axis, ends in limits}
     inside = np.argwhere(np.asarray(background_img.dataobj) > 0)
     inside_mm = nib.affines.apply_affine(background_img.affine, inside)
     ends_mm = np.percentile(inside_mm, [3, 97], axis=0) if len(inside) else np.zeros((2, 3))
@@ -108,6 +110,8 @@ def draw_slices(
     bar.set_label(unit, color="white", fontsize=9)
     outlined = "" if reference_img is None else "; green: the reference"
     hidden = f"between −{threshold:.2g} and {threshold:.2g} transparent{outlined}"
+    if not map_img.get_fdata().any():
+        hidden = f"the map is 0 everywhere{outlined}"
     figure.text(0.01, 0.96, title, color="white", fontsize=12, va="center")
     figure.text(0.99, 0.96, hidden, color="0.7", fontsize=9, va="center", ha="right")
     paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]

@@ -87,9 +87,9 @@ def plan(
         if not len(rows):
             raise InputError(f"{splits_path}: fold {number} tests no scan")
         train_rows = np.flatnonzero(parts == "train") if "train" in parts else np.arange(len(table))
-        known = _read_predictions(modelpath, number)
-        predicted = known.reindex([] if subjects == "new" else splits["path"])
-        predicted = predicted.reindex(splits["path"]).to_numpy()
+        is_new = subjects == "new"  # whose paths may be names of other scans in the run
+        known = pd.Series(dtype=float) if is_new else _read_predictions(modelpath, number)
+        predicted = known.reindex(splits["path"]).to_numpy()
         path, train_rows = checkpoints.weights_path(modelpath, number), train_rows[:MAX_STATISTICS]
         planned.append(TrainedFold(number, path, rows, parts[rows], predicted[rows], train_rows))
     return planned

@@ -130,7 +130,7 @@ def test_maps(cohort_csv, run_path, tmp_path, batch):
         "--steps",
         "4",
         "--save-subjects",
-        "--by-outcome",
+        *(["--by-outcome"] if batch == "1" else []),
         "--cam",
         "seen",
     )

@@ -329,6 +329,7 @@ def test_covariates_are_described_and_judged(cohort_csv, tmp_path, capsys):
         (list(range(N_SCANS)), ["weight"], "no column is called that; the columns of"),
         ([70] * N_SCANS, ["age"], "--covariates age: it is 70 in all rows"),
         ([*range(N_SCANS - 2), "", "n/a"], ["age"], "row 16: age is missing"),
+        ([*range(N_SCANS - 1), "inf"], ["age"], "row 17: age is a number in other rows, got 'inf'"),
         ([*range(N_SCANS - 1), "old"], ["age"], "row 17: age is a number in other rows, got 'old'"),
     ],
 )

@@ -177,7 +177,7 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
     assert judged.loc["A", "untrained"] == 0.25 and np.isnan(judged.loc["B", "untrained"])
     said = finding.sentence_of(judged, Settings(["neg"], [10.0], 99, 0), is_void=True)
     assert "1 of 4 maps find" in said and "B 0.30" in said and "Not so: D, A, C." in said
-    assert "the networks are at chance" in said
+    assert "the networks are at chance: do not read" in said
     bars = page_tables.bars_html(judged)
     assert bars.count("bar finds") == 1 and bars.count("bar fails") == 3
     assert bars.index("D") < bars.index("A") and "left:25.0%" in bars

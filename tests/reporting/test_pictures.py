@@ -33,6 +33,18 @@ def test_cuts_go_through_the_peaks_or_evenly_through_the_head():
         assert np.abs(cuts[axis] - centre).min() <= 2.5
 
 
+def test_cuts_through_the_peak_of_an_oblique_map():
+    """In mm of the scanner, not of the map's own axes."""
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
+    data = np.zeros(SHAPE)
+    data[15:18, 7:10, 11:14] = 2
+    map_img = nib.Nifti1Image(data, turn @ AFFINE)
+    cuts = map_pictures.slice_cuts(map_img, map_img, 0.5)
+    for axis, centre in zip("xyz", turn @ AFFINE @ (16, 8, 12, 1), strict=False):
+        assert np.abs(cuts[axis] - centre).min() <= 2.5
+
+
 def test_map_of_zeros_is_drawn(tmp_path):
     save_scan(tmp_path / "m.nii.gz", np.zeros(SHAPE, dtype=np.float32))
     save_scan(tmp_path / "scan.nii.gz", make_volume(0, 0))
