@@ -90,7 +90,9 @@ def draw_slices(
     gc.freeze()  # nilearn collects garbage 14 times a picture, half of its time
     figure = Figure(figsize=(11, 5.4), facecolor="black")
     cuts, cmap = slice_cuts(map_img, background_img, threshold), map_colors()
-    warnings.filterwarnings("ignore", message="empty mask")  # of a background that is 0 everywhere
+    # of a background that is 0 everywhere; of a peak in the outermost voxels of an oblique map
+    for odd in ("empty mask", "Some of the specified cut_coords"):
+        warnings.filterwarnings("ignore", message=odd)
     for row, axis in enumerate("xyz"):
         display = plotting.plot_stat_map(
             map_img, background_img, display_mode=axis, cut_coords=cuts[axis], figure=figure,
