@@ -175,6 +175,7 @@ def dry_run(
     """Say what the run would take, from training steps on the first scans; write nothing."""
     if not utils.is_first():
         return
+    room_gb = devices.available_gb(device)
     model, optimizer = make_network(args, cohort.volume_shape, device)
     rows = np.arange(args.batch) % len(cohort.scans)
     from_files = cohort.volumes(None, args.workers)  # whatever is decoded already
@@ -200,6 +201,8 @@ def dry_run(
         f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
         f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
         f"{devices.peak_gb(device):.3g} GB{kept}",
+        f"models that should fit into the {room_gb:.3g} GB that are free, {args.batch} scans at a "
+        f"time: {models.that_fit(cohort.volume_shape, args.batch, room_gb)}",
         f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
         f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
         *files.check_room(needs),

@@ -201,11 +201,11 @@ class Volumes:
 
     def gb_on(self, device: "torch.device", needed_gb: float) -> float:
         """Return what all volumes take of a GPU that has room for them and the work; else 0."""
-        import torch
+        from run_folder.device import available_gb
 
-        free_gb = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else 0.0
+        free_gb = available_gb(device)
         room_gb = min(MAX_SHARE_OF_GPU * free_gb, free_gb - needed_gb)
-        return self.gb if self.gb <= room_gb else 0.0
+        return self.gb if device.type == "cuda" and self.gb <= room_gb else 0.0
 
     def keep_on(self, device: "torch.device", needed_gb: float) -> None:
         """Keep all volumes on a GPU from now on, if it has room for them and for the work."""

@@ -118,7 +118,7 @@ def keep_freed_memory(device: torch.device, needed_gb: float) -> None:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     needed_gb *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free_gb = available_gb()
+    free_gb = available_gb(device)
     if 2 * needed_gb > free_gb:
         log.info("freed memory is given back: of %.3g GB, %.3g GB are free", 2 * needed_gb, free_gb)
         return
@@ -127,8 +127,10 @@ def keep_freed_memory(device: torch.device, needed_gb: float) -> None:
         log.info("freed memory is kept: about %.3g GB, %.3g GB are free", needed_gb, free_gb)
 
 
-def available_gb() -> float:
-    """Return the memory in GB that this process may still take, of the host's or its cgroup's."""
+def available_gb(device: torch.device) -> float:
+    """Return the memory in GB that this process may still take: of a GPU, its host, its cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
     cgroups = Path("/proc/self/cgroup")

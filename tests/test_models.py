@@ -1,5 +1,7 @@
 """The networks: names, sizes, state-dict keys, and what they refuse."""
 
+import re
+
 import pytest
 import torch
 
@@ -116,3 +118,29 @@ def test_in_eval_mode_the_layers_run_in_order():
         layer.register_forward_hook(lambda layer, *_: seen.append(layer))
     model.eval()(torch.rand(1, 1, 22, 23, 24))
     assert seen == list(model.features)
+
+
+MEASURED_GB = {  # reserved by torch on an H200, 5 scans a step, docs/performance.md; by width
+    "A": (20.2, 23.4, 27.2, 30.4, 33.7, 36.9, 40.1, 45.0),
+    "B": (21.0, 24.8, 28.9, 32.3, 35.8, 39.2, 42.7, 37.3),
+    "C": (13.1, 20.2, 22.9, 26.0, 28.8, 31.5, 34.3, 43.4),
+    "D": (17.1, 19.6, 29.9, 25.0, 28.0, 30.5, 33.2, 36.1),
+}
+
+
+@pytest.mark.parametrize("room_gb", [12, 16, 24, 32, 40, 48, 80])
+def test_what_is_said_to_fit_did_fit(room_gb):
+    """By the memory measured, with the 0.65 GB of a process; and little that fits is left out."""
+    said = models.that_fit((193, 229, 193), 5, room_gb)
+    widest = dict(re.findall(r"model([A-D])24(?: to (\d+))?", said))
+    for family, measured in MEASURED_GB.items():
+        of_width = dict(zip(models.PUBLISHED_WIDTHS, measured, strict=True))
+        widths = [w for w in of_width if family in widest and w <= int(widest[family] or 24)]
+        assert all(of_width[width] + 0.65 <= room_gb for width in widths)
+    assert "modelA24 to 52, modelB24 to 52" in models.that_fit((193, 229, 193), 5, 56)
+
+
+def test_what_is_too_small_or_too_large_does_not_fit():
+    said = models.that_fit((106, 107, 109), 1, 1000)
+    assert said == "modelB24 to 52, modelD24 to 52, modelT8 to 16"
+    assert models.that_fit((193, 229, 193), 50, 10) == "none"
