@@ -66,7 +66,7 @@ bench-gpu: .venv/ready
 	$(BIN)/python benchmarks/training_step.py --full --device cuda --compile
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Kernels of other processors stand in for those processors: attribution must be right on each.
 test-processors: .venv/ready

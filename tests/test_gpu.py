@@ -146,7 +146,7 @@ def test_maps(cohort_csv, run_path, tmp_path, batch):
     for path in paths:
         found, expected = (nib.load(tmp_path / d / path).get_fdata() for d in ("gpu", "cpu"))
         assert abs(found - expected).max() <= TOLERANCE * abs(expected).max(), path
-    controls = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", *more[:4], "--randomize")
+    controls = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", "--randomize")
     finish(start_on_gpu("heatmap.py", controls))
 
 

@@ -1,5 +1,6 @@
 """The simulated cohort: its grid, its truth, and that patients differ where the truth says."""
 
+import functools
 import json
 
 import nibabel as nib
@@ -13,6 +14,14 @@ import simulate
 from run_folder.processes import run_script
 
 N_SCANS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def template_prepared_once():
+    """Spare the tests the seconds that every simulation spends on its template."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "load_template", functools.cache(simulate.load_template))
+        yield
 
 
 @pytest.fixture(scope="module")
