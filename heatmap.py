@@ -49,11 +49,11 @@ NO_CONTRAST = (
 N_REHEARSED = 2  # maps of a dry run; the first sets things up and does not count
 ONE_CLASS = ("0", "1")  # targets that explain one class for everybody
 OPTIONS = ("model", "target", "subjects", "by_outcome", "save_subjects", "randomize", "fold")
-OPTIONS_OF_METHOD = {
-    "LRP": ("beta",),
-    "IG": ("steps",),
-    "GGC": ("cam",),
-    "SG": ("samples", "noise"),
+PARAMETERS = {  # of each method, and the options that set them
+    "LRP": {"beta": "beta"},
+    "IG": {"n_steps": "steps"},
+    "GGC": {"cam": "cam"},
+    "SG": {"n_samples": "samples", "noise": "noise"},
 }
 CONTENTS = ("csv_sha256", "scan_sizes_sha256", "modelpath_sha256")
 
@@ -65,13 +65,7 @@ def stem_of(args: argparse.Namespace, method: str) -> str:
 
 def parameters_of(args: argparse.Namespace, method: str) -> dict:
     """Return a method's own parameters."""
-    of_methods = {
-        "LRP": {"beta": args.beta},
-        "IG": {"n_steps": args.steps},
-        "GGC": {"cam": args.cam},
-        "SG": {"n_samples": args.samples, "noise": args.noise},
-    }
-    return of_methods[method]
+    return {name: getattr(args, option) for name, option in PARAMETERS[method].items()}
 
 
 def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
@@ -82,42 +76,15 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
         *(f"{stem}_{kind}_f*.nii.gz" for kind in maps.KINDS),
         *(f"{stem}_map_{name}_f*.nii.gz" for name in maps.OUTCOMES),
         *(f"{stem}_map_{name}.{suffix}" for name in maps.OUTCOMES for suffix in maps.SUFFIXES),
-        *(f"{stem}_{kind}_all.{suffix}" for kind in maps.KINDS
-          for suffix in maps.SUFFIXES),
+        *(f"{stem}_{kind}_all.{suffix}" for kind in maps.KINDS for suffix in maps.SUFFIXES),
         f"{stem}_subjects/[0-9]*_f*.nii.gz",
     )  # fmt: skip
     drawn = ("seed",) if args.randomize or method == "SG" else ()
-    compared = (*OPTIONS, *OPTIONS_OF_METHOD[method], *drawn, *CONTENTS)
+    compared = (*OPTIONS, *PARAMETERS[method].values(), *drawn, *CONTENTS)
     shared = tuple(
         f"{name}{fold}.nii.gz" for name in ("mean_scan", "coverage") for fold in ("", "_f*")
     )
     return RunFolder(args.outpath, stem, record, compared, results, shared)
-
-
-@torch.no_grad()
-def draw_weights(
-    args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, model: nn.Module,
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Give the model weights that it never had, and its batch norms the statistics of such a model.
-
-    They are cumulative averages over scans that the fold was trained on, in the run's batch size.
-    Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
-    """
-    devices.seed_everything(args.seed, fold.number, purpose="untrained")
-    untrained = models.build_model(args.model, cohort.volume_shape)  # on the CPU, wherever it runs
-    model.load_state_dict(untrained.state_dict())
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.momentum = None
-    batch, _ = trained_run.arithmetic(args.modelpath)
-    model.train()
-    for volumes, _ in cohort.volumes(None, args.workers).batches(fold.train_rows, batch, device):
-        model(volumes)
-    model.eval()
-    for norm in norms:
-        norm.momentum = momentum
 
 
 @torch.no_grad()
@@ -181,12 +148,8 @@ def explain_fold(
     subjects = cohort.table.get("subject", pd.Series("", cohort.table.index))
     for method in methods:
         groups = {name: RunningMean() for name in names}
-        found.append(
-            FoldMaps(
-                method, stem_of(args, method), fold.number, args.outpath, cohort.like_img,
-                args.save_subjects, groups,
-            )
-        )  # fmt: skip
+        of_fold = (fold.number, args.outpath, cohort.like_img, args.save_subjects, groups)
+        found.append(FoldMaps(method, stem_of(args, method), *of_fold))
     zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu().numpy()
     mine = np.arange(len(fold.rows))[utils.rank() :: utils.world_size()]
     chunks = [mine[start : start + args.batch] for start in range(0, len(mine), args.batch)]
@@ -239,7 +202,8 @@ def work_on_fold(
             return
         record = runs[methods[0]].record
         if args.randomize:
-            draw_weights(args, cohort, fold, model, device)
+            volumes = cohort.volumes(None, args.workers)
+            fold.draw_weights(model, args.model, volumes, args.modelpath, args.seed, device)
         else:
             fold.load_weights(model, record["modelpath_sha256"])
         found, of_scans = explain_fold(args, cohort, fold, methods, model, device, bar)
@@ -259,15 +223,11 @@ def assemble(
     """Write what a method found over all folds; return the files."""
     stem, n_folds = stem_of(args, method), run.record["n_folds"]
     with locked(args.outpath, "mean_scan", wait=True):
+        described = f"{method} of {maps.LOGITS[args.target]}, {args.model}, mean over folds"
         table, shares, written = mean_maps.assemble(
-            args.outpath,
-            stem,
-            n_folds,
-            cohort.like_img,
-            args.by_outcome,
-            args.mean == "equal",
-            f"{method} of {maps.LOGITS[args.target]}, {args.model}, mean over folds",
-        )
+            args.outpath, stem, n_folds, cohort.like_img, args.by_outcome, args.mean == "equal",
+            described,
+        )  # fmt: skip
     verdict = None if args.randomize else verdict  # it is about trained networks
     found = mean_maps.describe(method, table, shares)
     unit = maps.UNITS[method].format(maps.LOGITS[args.target])

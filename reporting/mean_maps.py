@@ -44,14 +44,9 @@ def power(data: np.ndarray, mask_data: np.ndarray) -> float:
 
 
 def assemble(
-    outpath: Path,
-    stem: str,
-    n_folds: int,
-    like_img: SpatialImage,
-    by_outcome: bool,
-    equal: bool,
+    outpath: Path, stem: str, n_folds: int, like_img: SpatialImage, by_outcome: bool, equal: bool,
     described: str,
-) -> tuple[pd.DataFrame, dict[int, float], list[Path]]:
+) -> tuple[pd.DataFrame, dict[int, float], list[Path]]:  # fmt: skip
     """Write what a method found over all folds, from each fold's maps and table.
 
     With `equal` each fold's map is scaled to the mean of all folds' root mean squares before the
