@@ -163,7 +163,7 @@ def compare_maps(
         pictures.plot_curves(args.outpath / "dice_curves.png", overlap.TOP_FRACTIONS, curves, p)
         pictures.plot_settings(args.outpath / "settings.png", table)
     sidecars = finding.read_sidecars(maps)
-    drawn = draw_maps(args, maps, found, thresholds, sidecars, space)
+    drawn = draw_maps(args.outpath, settings, maps, found, thresholds, sidecars, space)
     said = write_report(
         args, settings, tables, found, peaks_of, thresholds, runs, maps, sidecars, space, drawn
     )
@@ -188,7 +188,7 @@ def file_name(name: str) -> str:
 
 
 def draw_maps(
-    args: argparse.Namespace, maps: dict[str, Map], found: dict[str, Measured],
+    outpath: Path, settings: Settings, maps: dict[str, Map], found: dict[str, Measured],
     thresholds: dict[str, float], sidecars: dict[str, dict], space: Space,
 ) -> Path | None:  # fmt: skip
     """Draw each map but the controls as it was measured first; return the first picture.
@@ -199,7 +199,6 @@ def draw_maps(
     background_img = Nifti1Image(space.background_img.get_fdata(dtype=np.float32), affine)
     if space.reference_data is not None:
         reference_img = Nifti1Image(space.reference_data.astype(np.float32), affine)
-    how = f"smoothed by {args.fwhm[0]:g} mm, " * bool(args.fwhm[0])
     drawn = []
     shown = {name: each for name, each in maps.items() if not each.is_control}
     for name in utils.progress(shown, "pictures"):
@@ -208,8 +207,8 @@ def draw_maps(
         limit = map_pictures.color_limit(data)
         unit = str(sidecars[name].get("unit", "value"))
         drawn += map_pictures.draw_slices(
-            args.outpath / file_name(name), Nifti1Image(data, affine), background_img,
-            pictures.label_of(f"{name}, {how}--sign {args.sign[0]}", MAX_NAME),
+            outpath / file_name(name), Nifti1Image(data, affine), background_img,
+            pictures.label_of(f"{name}: {settings.how}", MAX_NAME),
             pictures.label_of(printable(unit), MAX_NAME), limit, min(thresholds[name], limit),
             reference_img,
         )  # fmt: skip
@@ -245,7 +244,7 @@ def write_report(
         "Made": utils.now(),
     }  # fmt: skip
     parts = page.page_parts(
-        said, finding.warnings_of(first, runs, sidecars), facts,
+        said, finding.warnings_of(runs, sidecars), facts,
         finding.methods_paragraph(first, runs, sidecars, space, settings, versions), tables, judged,
         peaks_of, runs, maps, args.permutations, args.outpath, first_picture,
     )  # fmt: skip

@@ -66,16 +66,9 @@ def verdicts(runs: list[Run], sidecars: dict[str, dict]) -> list[str]:
     return said or ["No --run was given: nothing says whether these maps are worth a look."]
 
 
-def warnings_of(table: pd.DataFrame, runs: list[Run], sidecars: dict[str, dict]) -> list[str]:
-    """Return what a reader must know before believing the tables; `table` has the first setting.
-
-    Untrained networks' maps are as they are.
-    """
-    is_degenerate = table.get("degenerate", pd.Series(False, table.index)).astype(bool)
-    warnings = [
-        f"{name}: fewer voxels are non-zero than the reference has; its matched Dice is degenerate."
-        for name in table.loc[is_degenerate, "map"]
-    ]
+def warnings_of(runs: list[Run], sidecars: dict[str, dict]) -> list[str]:
+    """Return what a reader must know before believing the maps of trained networks."""
+    warnings = []
     for run in runs:
         auc = run.metrics.loc[run.metrics.index.str.isdigit(), "roc_auc"]
         warnings += [
@@ -92,7 +85,7 @@ def warnings_of(table: pd.DataFrame, runs: list[Run], sidecars: dict[str, dict])
 
 
 def judge(table: pd.DataFrame, maps: dict[str, Map]) -> pd.DataFrame:
-    """Return by map, controls left out, its Dice, error, control's Dice, and whether it `finds`.
+    """Return by map, controls left out, its Dice, error, control's Dice, and why it `fails`, or "".
 
     A map finds the reference if its Dice lies above chance, and above that of the untrained
     networks where it is known, by two standard errors; of maps without any, by two standard
@@ -112,11 +105,14 @@ def judge(table: pd.DataFrame, maps: dict[str, Map]) -> pd.DataFrame:
             row_of_control = first.loc[control]
             its_error = row_of_control.get("dice_matched_se", 0.0)
             floors.append((row_of_control["dice_matched"], np.hypot(error, its_error)))
-        margins = [row["dice_matched"] - f - N_ERRORS * np.nan_to_num(e) for f, e in floors]
+        is_above = [row["dice_matched"] > f + N_ERRORS * np.nan_to_num(e) for f, e in floors]
+        untrained = floors[1][0] if len(floors) > 1 else np.nan
+        fails = "" if is_above[-1] else f"untrained networks reach {untrained:.2f}"
+        fails = fails if is_above[0] else "not surely above chance"
+        fails = "fewer voxels than the reference" if row["degenerate"] else fails
         rows[name] = {
             "dice": row["dice_matched"], "error": error, "chance": row["p"],
-            "untrained": floors[1][0] if len(floors) > 1 else np.nan,
-            "finds": min(margins) > 0 and not row["degenerate"],
+            "untrained": untrained, "fails": fails,
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -124,16 +120,14 @@ def judge(table: pd.DataFrame, maps: dict[str, Map]) -> pd.DataFrame:
 def sentence_of(judged: pd.DataFrame, settings: Settings, is_void: bool) -> str:
     """Return which maps find the reference, and which do not."""
     ranked = judged.sort_values("dice", ascending=False)
-    found, others = ranked[ranked["finds"]], ranked[~ranked["finds"].astype(bool)]
-    said = f"{len(found)} of {len(ranked)} maps find the reference better than chance"
-    if judged["untrained"].notna().any():
-        said += " and, where they are known, than untrained networks"
-    said += f" (Dice at matched size, --sign {settings.signs[0]}, {settings.fwhms_mm[0]:g} mm)"
+    found, others = ranked[ranked["fails"] == ""], ranked[ranked["fails"] != ""]
+    said = f"{len(found)} of {len(ranked)} maps find the reference"
     if len(found):
         said += f": {', '.join(f'{name} {dice:.2f}' for name, dice in found['dice'].items())}"
-    said += f"; chance is {judged['chance'].iloc[0]:.3f}."
+    said += f" (Dice of {settings.how}; chance is {judged['chance'].iloc[0]:.3f})."
     if len(others):
-        said += f" Not so: {', '.join(others.index)}."
+        named = [f"{name} {row['dice']:.2f} ({row['fails']})" for name, row in others.iterrows()]
+        said += f" Not so: {', '.join(named)}."
     if is_void:
         said += " But the networks are at chance: do not read their maps."
     return said

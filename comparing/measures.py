@@ -34,6 +34,12 @@ class Settings:
     n_permutations: int
     seed: int
 
+    @property
+    def how(self) -> str:
+        """What is evidence in the leading setting, in words."""
+        smoothed_by = f", smoothed by {self.fwhms_mm[0]:g} mm" * bool(self.fwhms_mm[0])
+        return f"{overlap.SIGN_WORDS[self.signs[0]]}{smoothed_by}"
+
 
 @dataclass
 class Measured:

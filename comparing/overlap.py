@@ -15,6 +15,9 @@ SIGNS = {  # what counts as evidence in a signed map, smoothed before if at all
     "neg": lambda data: np.maximum(-data, 0),
     "raw": lambda data: data,
 }
+SIGN_WORDS = {
+    "abs": "magnitudes", "pos": "positive values", "neg": "negative values", "raw": "signed values",
+}  # fmt: skip
 
 
 def top_voxels(values: np.ndarray, n_top: int) -> np.ndarray:

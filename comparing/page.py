@@ -43,16 +43,16 @@ def outcomes_html(maps: dict[str, Map]) -> str:
 
 def explanations(settings: Settings, space: Space, has_ig_contrast: bool) -> dict[str, str]:
     """Return what the page says of the settings that it shows."""
-    width, n = settings.fwhms_mm[0], settings.n_permutations
-    how = f"--sign {settings.signs[0]}" + f", smoothed by {width:g} mm" * bool(width)
+    how, n = settings.how, settings.n_permutations
     taken = "as many voxels as the reference has"
     if space.inside is None:
         taken = f"the top {100 * TOP_SHARE:g} % of the mask's voxels"
     outline = " The green line is the outline of the reference." * (space.inside is not None)
     said = {
-        "bars_say": "Bars: Dice with the reference at matched size. Dotted: chance. Orange: the "
-        "same map of untrained networks. Grey bars do not lie above both by two standard errors "
-        f"(±). Measured with {how}; every other setting stands below."
+        "bars_say": "Bars: how well the strongest voxels of a map, as many as the reference has, "
+        "overlap it (Dice: 1 is all, 0 nothing; ± standard error over scans). Dotted: chance. "
+        "Orange: the same map of untrained networks. Grey: not above both by two standard errors. "
+        f"Evidence is {how}; every other setting stands below."
         + " The contrast of IG reads with the other sign."
         * has_ig_contrast
         if space.inside is not None
@@ -99,7 +99,8 @@ def page_parts(
     return {
         "sentences": items(sentences),
         "bars": page_tables.bars_html(judged) if has_reference else "",
-        "first": picture_html(first_picture, "") if first_picture else "",
+        "first": picture_html(first_picture, "The first map; the others are below.")
+        if first_picture else "",
         "warnings": f"<ul class=warnings>{items(warnings)}</ul>" if warnings else "",
         "stability": page_tables.stability_html(table, tables["correlations"], maps),
         "overlap": page_tables.overlap_html(table, maps, n_permutations)

@@ -61,7 +61,7 @@ def bars_html(judged: pd.DataFrame) -> str:
         error = "" if pd.isna(row["error"]) else f" ± {row['error']:.3f}"
         untrained = row["untrained"]
         tick = "" if pd.isna(untrained) else f'<i style="left:{100 * untrained:.1f}%"></i>'
-        css = "finds" if row["finds"] else "fails"
+        css = "fails" if row["fails"] else "finds"
         lines.append(
             f'<div class="bar {css}"><span>{html.escape(str(name))}</span>'
             f'<div><b style="width:{100 * row["dice"]:.1f}%"></b>{tick}'

@@ -107,7 +107,7 @@ def test_the_page_begins_with_the_finding_and_ends_with_how_it_was_made(page_pat
                      "How well the maps overlap the reference", "How well the classifiers did",
                      "Regions", "Methods, to copy", "How this page was made"]  # fmt: skip
     beginning = text.split("<h2>")[0]
-    assert "ROC AUC" in beginning and "maps find the reference better than chance" in beginning
+    assert "ROC AUC" in beginning and "maps find the reference" in beginning
     assert 'class="bar ' in beginning and "data:image/png" in beginning
     methods = re.search(r'class="methods">(.*?)</p>', text, re.S)[1]
     assert "integrated gradients (Sundararajan et al. 2017" in methods and "n steps 20" in methods
@@ -173,10 +173,17 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
         "degenerate": [False, False, False, False, True],
     })  # fmt: skip
     judged = finding.judge(table, maps)
-    assert judged["finds"].to_dict() == {"A": False, "B": True, "C": False, "D": False}
+    assert judged["fails"].to_dict() == {
+        "A": "untrained networks reach 0.25", "B": "", "C": "not surely above chance",
+        "D": "fewer voxels than the reference",
+    }  # fmt: skip
     assert judged.loc["A", "untrained"] == 0.25 and np.isnan(judged.loc["B", "untrained"])
     said = finding.sentence_of(judged, Settings(["neg"], [10.0], 99, 0), is_void=True)
-    assert "1 of 4 maps find" in said and "B 0.30" in said and "Not so: D, A, C." in said
+    assert (
+        "1 of 4 maps find" in said
+        and "B 0.30" in said
+        and "Not so: D 0.90 (fewer voxels than the reference), A" in said
+    )
     assert "the networks are at chance: do not read" in said
     bars = page_tables.bars_html(judged)
     assert bars.count("bar finds") == 1 and bars.count("bar fails") == 3
@@ -184,8 +191,7 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
 
 
 def test_warnings(tmp_path):
-    """Of degenerate maps, folds below chance, and IG whose sums are far off."""
-    table = pd.DataFrame({"map": ["LRP", "IG"], "degenerate": [True, False]})
+    """Of folds below chance, and IG whose sums are far off."""
     metrics = pd.DataFrame({"roc_auc": [0.4, 0.6, 0.3]}, index=["0", "1", "mean"])
     runs = [Run("net", tmp_path, metrics, pd.DataFrame(), None, [])]
     sidecars = {
@@ -193,10 +199,10 @@ def test_warnings(tmp_path):
         "close": {"method": "IG", "median_completeness_error": 0.01},
         "control": {"method": "IG", "median_completeness_error": 0.2, "random_weights": True},
     }
-    found = finding.warnings_of(table, runs, sidecars)
-    assert [text.split(":")[0] for text in found] == ["LRP", "net", "IG"]
-    assert "fold 0" in found[1] and "0.2" in found[2]
-    assert finding.warnings_of(table.iloc[1:], [], {"close": sidecars["close"]}) == []
+    found = finding.warnings_of(runs, sidecars)
+    assert [text.split(":")[0] for text in found] == ["net", "IG"]
+    assert "fold 0" in found[0] and "0.2" in found[1]
+    assert finding.warnings_of([], {"close": sidecars["close"]}) == []
 
 
 def test_shrink_keeps_places_and_means():
