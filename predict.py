@@ -25,6 +25,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from nibabel.spatialimages import SpatialImage
 from torch import nn
 
 import dataset
@@ -48,6 +49,7 @@ RESULTS = (
     "predictions_f*.csv", "predictions.csv", "metrics.csv", "roc.png", "cohort.png",
     "svm_predictions.csv", "svm_metrics.csv", "resampled/*",
 )  # fmt: skip
+ROUNDING = 1e-6  # of a scan's range, that interpolation leaves of its background
 FOLD_COLUMNS = {"path": str, "probability": float}
 
 
@@ -59,7 +61,7 @@ def check_unseen(args: argparse.Namespace, cohort: dataset.Cohort) -> None:
 
 def check_contents(args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes) -> None:
     """Raise an InputError also for a copy of a trained scan whose file has another size."""
-    if args.allow_trained or args.resample:
+    if args.allow_trained:
         return
     trained = trained_run.seen_scans(args.modelpath)["crc32"]
     refuse(args, cohort.table["path"][volumes.table()["crc32"].isin(trained)].tolist())
@@ -86,12 +88,23 @@ def check_grid(args: argparse.Namespace, cohort: dataset.Cohort) -> nib.Nifti1Im
     return like_img
 
 
+def bring_to(img: SpatialImage, like_img: SpatialImage) -> np.ndarray:
+    """Return a scan's voxels on another grid, within their range, its background as it was."""
+    from nilearn.image import resample_img
+
+    low, high = img.get_fdata().min(), img.get_fdata().max()
+    moved_img = resample_img(
+        img, like_img.affine, like_img.shape, force_resample=True, copy_header=True
+    )
+    moved_data = moved_img.get_fdata().clip(low, high)  # splines overshoot
+    moved_data[moved_data - low < ROUNDING * (high - low)] = low
+    return moved_data
+
+
 def resample(
     args: argparse.Namespace, cohort: dataset.Cohort, like_img: nib.Nifti1Image
 ) -> dataset.Cohort:
     """Write the scans on the run's grid; return the cohort of these."""
-    from nilearn.image import resample_img
-
     folder = args.outpath / "resampled"
     folder.mkdir(exist_ok=True)
     names = [f"{row + 1:05d}_{maps.short_name(path)}.nii.gz"
@@ -100,10 +113,7 @@ def resample(
     for row in utils.progress(mine, "resampling", unit="scan"):
         if not (folder / names[row]).is_file():
             img = image.read_image(Path(cohort.scans[row]), "scan")
-            moved_img = resample_img(
-                img, like_img.affine, like_img.shape, force_resample=True, copy_header=True
-            )
-            image.write_image(folder / names[row], moved_img.get_fdata(), like_img)
+            image.write_image(folder / names[row], bring_to(img, like_img), like_img)
     wait_for_all()
     table = cohort.table.assign(path=names)
     if utils.is_first():

@@ -137,6 +137,8 @@ def test_scans_on_another_grid(new_csv, run_path, tmp_path, refusal):
     img = nib.load(tmp_path / "out" / "resampled" / table["path"][1])
     assert img.shape == SHAPE and np.allclose(img.affine, AFFINE)
     expected = make_volume(201, 1)
+    resampled = img.get_fdata()
+    assert resampled.min() == 0 and (resampled == 0).mean() > 0.9 * (expected == 0).mean()
     inner = np.corrcoef(img.get_fdata().ravel(), expected.ravel())[0, 1]
     assert inner > 0.9
     assert pd.read_csv(tmp_path / "out" / "predictions.csv")["probability"].notna().all()
@@ -154,6 +156,25 @@ def test_scans_of_the_training_are_found_by_content(
     assert "was trained on 1 of these scans: other.nii.gz; --allow-trained" in message
     assert exit_status(predict, [*argv, "--allow-trained"]) == 0
     assert "was trained on 1 of these scans: other.nii.gz" in caplog.text
+
+
+def test_scans_of_the_training_with_other_axes_are_found(cohort_csv, run_path, tmp_path, capsys):
+    """Interpolation gives the same voxels, and predictions are those of the scans."""
+    turn = nib.orientations.axcodes2ornt(("P", "I", "R"))
+    for name in ("scan03.nii.gz", "scan04.nii.gz"):
+        img = nib.load(cohort_csv.parent / name)
+        axes = nib.orientations.ornt_transform(nib.io_orientation(img.affine), turn)
+        nib.save(img.as_reoriented(axes), tmp_path / name)
+    (tmp_path / "data.csv").write_text("scan03.nii.gz,1\nscan04.nii.gz,0\n")
+    argv = [*arguments(tmp_path / "data.csv", run_path, tmp_path / "out"), "--resample"]
+    assert exit_status(predict, argv) == 2
+    assert "was trained on 2 of these scans" in capsys.readouterr().err
+    assert exit_status(predict, [*argv, "--allow-trained"]) == 0
+    found = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("path")
+    expected = pd.read_csv(run_path / "predictions.csv").set_index("path")
+    for name in found.index:
+        of_fold = found.loc[name, f"probability_f{expected.loc[name, 'fold']}"]
+        assert of_fold == pytest.approx(expected.loc[name, "probability"], abs=1e-6)
 
 
 def test_a_run_that_is_not_finished(new_csv, modelpath, tmp_path, refusal):
