@@ -105,13 +105,11 @@ def check_scans(
         fold.check_probability(args.modelpath, cohort.table["path"].iloc[row], found, expected)
 
 
-def check_unseen(args: argparse.Namespace, cohort: dataset.Cohort) -> None:
-    """Raise an InputError if the run was trained on one of the scans."""
-    seen = cohort.seen(trained_run.seen_scans(args.modelpath))
+def refuse_seen(seen: list[str]) -> None:
+    """Raise an InputError if the run was trained on some scans of a cohort."""
     if seen:
         rule = "--subjects new is for a cohort that the run has not seen; it was trained on"
         raise InputError(f"{rule} {len(seen)} of these scans: {some_of(seen)}")
-    trained_run.warn_of_subjects(args.modelpath, cohort.table.get("subject"))
 
 
 def explain(
@@ -153,13 +151,16 @@ def explain_fold(
     zero_logits = model(torch.zeros(1, 1, *cohort.volume_shape, device=device))[0].cpu().numpy()
     mine = np.arange(len(fold.rows))[utils.rank() :: utils.world_size()]
     chunks = [mine[start : start + args.batch] for start in range(0, len(mine), args.batch)]
-    batches = cohort.volumes(None, args.workers).batches(fold.rows[mine], args.batch, device)
+    decoded, seen = cohort.volumes(None, args.workers), set(fold.seen["crc32"])
+    batches = decoded.batches(fold.rows[mine], args.batch, device)
     for chunk, (volumes, labels) in zip(chunks, batches, strict=True):
         logits = model(volumes)
         targets = {"label": labels, "predicted": logits.argmax(1)}.get(args.target)
         if targets is None:
             targets = torch.full_like(labels, int(args.target))
         rows = fold.rows[chunk]
+        is_seen = [decoded.facts[row]["crc32"] in seen for row in rows]  # in a file of another size
+        refuse_seen(cohort.table["path"].iloc[rows[is_seen]].tolist())
         columns = (rows.tolist(), cohort.table["path"].iloc[rows], labels.tolist(),
                    fold.parts[chunk].tolist(), targets.tolist())  # fmt: skip
         columns += (logits.cpu().numpy(), subjects.iloc[rows].astype(str))
@@ -365,7 +366,9 @@ def main(args: argparse.Namespace) -> None:
     for run in runs.values():
         run.check(args.overwrite)  # nothing is written yet
     if args.subjects == "new":
-        from_first(lambda: check_unseen(args, cohort))
+        from_first(lambda: refuse_seen(cohort.seen(plan[0].seen)))
+        subjects = cohort.table.get("subject")
+        from_first(lambda: trained_run.warn_of_subjects(args.modelpath, subjects))
     from_first(lambda: check_scans(args, cohort, [plan[fold] for fold in wanted], model, device))
     if args.dry_run:
         return dry_run(args, cohort, plan, model, device) if utils.is_first() else None

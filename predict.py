@@ -53,18 +53,19 @@ ROUNDING = 1e-6  # of a scan's range, that interpolation leaves of its backgroun
 FOLD_COLUMNS = {"path": str, "probability": float}
 
 
-def check_unseen(args: argparse.Namespace, cohort: dataset.Cohort) -> None:
+def check_unseen(args: argparse.Namespace, cohort: dataset.Cohort, seen: pd.DataFrame) -> None:
     """Raise an InputError if the run was trained on one of the scans, unless that is allowed."""
-    refuse(args, cohort.seen(trained_run.seen_scans(args.modelpath)))
+    refuse(args, cohort.seen(seen))
     trained_run.warn_of_subjects(args.modelpath, cohort.table.get("subject"))
 
 
-def check_contents(args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes) -> None:
+def check_contents(
+    args: argparse.Namespace, cohort: dataset.Cohort, volumes: Volumes, seen: pd.DataFrame
+) -> None:
     """Raise an InputError also for a copy of a trained scan whose file has another size."""
-    if args.allow_trained:
-        return
-    trained = trained_run.seen_scans(args.modelpath)["crc32"]
-    refuse(args, cohort.table["path"][volumes.table()["crc32"].isin(trained)].tolist())
+    if not args.allow_trained:
+        is_seen = volumes.table()["crc32"].isin(seen["crc32"])
+        refuse(args, cohort.table["path"][is_seen].tolist())
 
 
 def refuse(args: argparse.Namespace, seen: list[str]) -> None:
@@ -269,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
     )
     svm = linear_svm.load(args.svm, like_img) if args.svm else None
     from_first(lambda: run.check(args.overwrite))  # nothing is written yet
-    from_first(lambda: check_unseen(args, cohort))
+    from_first(lambda: check_unseen(args, cohort, plan[0].seen))
     run = from_first(lambda: run.start(args.overwrite))
     utils.start_log(args.outpath / "predict.log")
 
@@ -279,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
         volumes = cohort.volumes(args.cache_dir or args.outpath / ".cache", args.workers)
         volumes.check_room()
         volumes.fill()
-        from_first(lambda: check_contents(args, cohort, volumes))
+        from_first(lambda: check_contents(args, cohort, volumes, plan[0].seen))
         for fold in plan:
             with ExitStack() as held:
                 hold = run.hold(fold.number)

@@ -12,10 +12,11 @@ import models
 from loading.cache import Volumes
 from run_folder import checkpoints, files, folds
 from run_folder.device import seed_everything
-from utils import InputError, RunError, log, some_of
+from utils import InputError, RunError, is_first, log, some_of
 
 MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05  # of a probability, for fp32; for tf32 and bf16
+SEEN = {"path": str, "bytes": int, "crc32": int}  # of scans.csv
 BATCH = 5  # scans per training step: the paper's, and that of a folder without run.json
 
 
@@ -29,6 +30,7 @@ class TrainedFold:
     parts: np.ndarray  # train, val or test, as the fold had them; "" without splits.csv
     probabilities: np.ndarray  # of label 1, as the fold's predictions have them; NaN without
     train_rows: np.ndarray  # of at most MAX_STATISTICS scans of its training, or any if unknown
+    seen: pd.DataFrame  # bytes and crc32 of the run's scans, where a new cohort is explained
 
     def load_weights(self, model: nn.Module, expected_sha256: dict[str, str]) -> None:
         """Give a model the fold's weights; they must be those that the maps' run began with."""
@@ -109,6 +111,7 @@ def plan(
         if only_held_out:
             raise
         splits = unknown
+    seen = seen_scans(modelpath) if subjects == "new" else pd.DataFrame(columns=[*SEEN])
     planned = []
     for number in range(n_folds):
         parts = splits[f"fold_{number}"].to_numpy().astype(str)
@@ -120,7 +123,8 @@ def plan(
         known = pd.Series(dtype=float) if is_new else _read_predictions(modelpath, number)
         predicted = known.reindex(splits["path"]).to_numpy()
         path, train_rows = checkpoints.weights_path(modelpath, number), train_rows[:MAX_STATISTICS]
-        planned.append(TrainedFold(number, path, rows, parts[rows], predicted[rows], train_rows))
+        of_rows = (rows, parts[rows], predicted[rows])
+        planned.append(TrainedFold(number, path, *of_rows, train_rows, seen))
     return planned
 
 
@@ -166,11 +170,12 @@ def _count_folds(modelpath: Path, facts: dict, n_folds: int | None) -> int:
 
 def seen_scans(modelpath: Path) -> pd.DataFrame:
     """Return bytes and crc32 of the scans that a run was trained on; none where it does not say."""
-    path, columns = modelpath / "scans.csv", {"path": str, "bytes": int, "crc32": int}
+    path = modelpath / "scans.csv"
     if path.is_file():
-        return files.read_csv(path, columns)
-    log.warning("there is no %s: nothing tells whether the run has seen these scans", path)
-    return pd.DataFrame(columns=[*columns])
+        return files.read_csv(path, SEEN)
+    if is_first():
+        log.warning("there is no %s: nothing tells whether the run has seen these scans", path)
+    return pd.DataFrame(columns=[*SEEN])
 
 
 def warn_of_subjects(modelpath: Path, subjects: pd.Series | None) -> None:

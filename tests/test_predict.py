@@ -1,5 +1,6 @@
 """New scans through all folds of a run: probabilities, metrics, grids, and what was trained on."""
 
+import gzip
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from conftest import (
     SHAPE,
     exit_status,
     explain,
+    explain_arguments,
     make_volume,
     save_scan,
     stop_at_call,
@@ -233,6 +235,17 @@ def test_the_training_cohort_is_not_new(cohort_csv, run_path, tmp_path, refusal)
             "modelT8", "--method", "GGC", "--subjects", "new", "--device", "cpu"]  # fmt: skip
     message = refusal(heatmap, argv)
     assert "--subjects new is for a cohort that the run has not seen" in message
+
+
+def test_a_copy_in_a_file_of_another_size_is_not_new(cohort_csv, run_path, tmp_path, capsys):
+    """Its voxels tell, when it is decoded."""
+    data = gzip.decompress((cohort_csv.parent / "scan03.nii.gz").read_bytes())
+    (tmp_path / "other.nii").write_bytes(data)
+    (tmp_path / "data.csv").write_text("other.nii,1\n")
+    argv = explain_arguments(tmp_path / "data.csv", run_path, tmp_path / "out", "--subjects", "new")
+    assert exit_status(heatmap, argv) == 2
+    assert "trained on 1 of these scans: other.nii" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
 def test_names_of_another_cohort_do_not_matter(new_csv, modelpath, tmp_path):
