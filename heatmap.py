@@ -347,7 +347,9 @@ def main(args: argparse.Namespace) -> None:
     utils.start_log()
     devices.set_precision("fp32")
     device = devices.find_device(args.device)
-    cohort = dataset.read_cohort(args.path, dataset.Wanted.of(vars(args)))
+    needs_labels = args.subjects != "new" or args.target == "label"
+    of_csv = dataset.Wanted.of(vars(args) | {"needs_labels": needs_labels})
+    cohort = dataset.read_cohort(args.path, of_csv)
     model = models.build_model(args.model, cohort.volume_shape).to(device).eval()
     needed_gb = models.MODELS[args.model].memory_gb(cohort.volume_shape, args.batch)
     devices.keep_freed_memory(device, needed_gb)

@@ -116,7 +116,8 @@ def resample(
             img = image.read_image(Path(cohort.scans[row]), "scan")
             image.write_image(folder / names[row], bring_to(img, like_img), like_img)
     wait_for_all()
-    table = cohort.table.assign(path=names)
+    labels = cohort.table["label"].astype("Int64")
+    table = cohort.table.assign(path=names, label=labels.mask(labels == dataset.NO_LABEL))
     if utils.is_first():
         files.write_csv(folder / "data.csv", table)
     scans = [str(folder / name) for name in names]

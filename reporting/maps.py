@@ -100,7 +100,9 @@ class ExplainedScan:
 
     @property
     def outcome(self) -> str:
-        """TP, TN, FP or FN."""
+        """TP, TN, FP or FN; "" where the label is not known."""
+        if self.label < 0:
+            return ""
         return ("T" if self.label == self.predicted else "F") + "NP"[self.predicted]
 
 
@@ -155,7 +157,8 @@ class FoldMaps:
                 image.write_image(path, map_data, self.like_img)
         self.lines[scan.row] = line
         self.mean.add(map_data)
-        for group in {scan.outcome, GROUPS[scan.label]} & set(self.groups):
+        of_label = () if scan.label < 0 else (scan.outcome, GROUPS[scan.label])
+        for group in set(of_label) & set(self.groups):
             self.groups[group].add(map_data)
 
     def name_of(self, scan: ExplainedScan) -> str:

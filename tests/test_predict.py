@@ -230,6 +230,26 @@ def test_new_subjects_are_explained_by_every_fold(new_csv, run_path, predicted_p
         assert row.probability == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["1", "predicted"])
+def test_new_scans_without_labels_are_explained(new_csv, run_path, tmp_path, capsys, target):
+    """As predict.py leaves them, resampled; but not their own class, and without a contrast."""
+    for index in range(2):
+        shutil.copy(new_csv.parent / f"new{index}.nii.gz", tmp_path)
+    (tmp_path / "data.csv").write_text("path\nnew0.nii.gz\nnew1.nii.gz\n")
+    classify(tmp_path / "data.csv", run_path, tmp_path / "out", "--resample")
+    csv_path = tmp_path / "out" / "resampled" / "data.csv"
+    more = ["--subjects", "new", "--by-outcome", "--target", target]
+    explain(csv_path, run_path, tmp_path / "maps", *more)
+    table = pd.read_csv(tmp_path / "maps" / "GGC_predictions.csv")
+    assert len(table) == N_FOLDS * 2 and (table["label"] == -1).all()
+    assert table["outcome"].isna().all() and table["completeness_error"].isna().all()
+    names = {path.name for path in (tmp_path / "maps").glob("GGC_*_all.nii.gz")}
+    assert names == {"GGC_map_all.nii.gz"}
+    argv = explain_arguments(csv_path, run_path, tmp_path / "own", *more[:2])
+    assert exit_status(heatmap, argv) == 2
+    assert "label must be 0 or 1, got ''" in capsys.readouterr().err
+
+
 def test_the_training_cohort_is_not_new(cohort_csv, run_path, tmp_path, refusal):
     argv = ["--path", cohort_csv, "--modelpath", run_path, "--outpath", tmp_path / "out", "--model",
             "modelT8", "--method", "GGC", "--subjects", "new", "--device", "cpu"]  # fmt: skip
