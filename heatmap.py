@@ -87,6 +87,18 @@ def make_run(args: argparse.Namespace, method: str, record: dict) -> RunFolder:
     return RunFolder(args.outpath, stem, record, compared, results, shared)
 
 
+def draw_weights(
+    args: argparse.Namespace, cohort: dataset.Cohort, fold: TrainedFold, model: nn.Module,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Make the model an untrained one, its statistics those of scans that the fold trained on."""
+    devices.seed_everything(args.seed, fold.number, purpose="untrained")
+    untrained = models.build_model(args.model, cohort.volume_shape)  # on the CPU, wherever it runs
+    batch, _ = trained_run.arithmetic(args.modelpath)  # as in training
+    batches = cohort.volumes(None, args.workers).batches(fold.train_rows, batch, device)
+    models.take_untrained(model, untrained, (volumes for volumes, _ in batches))
+
+
 @torch.no_grad()
 def check_scans(
     args: argparse.Namespace, cohort: dataset.Cohort, plan: list[TrainedFold], model: nn.Module,
@@ -203,8 +215,7 @@ def work_on_fold(
             return
         record = runs[methods[0]].record
         if args.randomize:
-            volumes = cohort.volumes(None, args.workers)
-            fold.draw_weights(model, args.model, volumes, args.modelpath, args.seed, device)
+            draw_weights(args, cohort, fold, model, device)
         else:
             fold.load_weights(model, record["modelpath_sha256"])
         found, of_scans = explain_fold(args, cohort, fold, methods, model, device, bar)

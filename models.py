@@ -1,5 +1,6 @@
 """The 3D convolutional networks: one table of variants, one function that builds from it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -147,3 +148,23 @@ def build_model(name: str, volume_shape: tuple[int, int, int]) -> CNN3D:
             f"{smallest} voxels{hint if name != demo_name else ''}"
         )
     return CNN3D(spec, volume_shape)
+
+
+@torch.no_grad()
+def take_untrained(model: nn.Module, untrained: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Give a model in eval mode an untrained one's weights, and batch norms their statistics.
+
+    They are cumulative averages over batches of volumes (N, 1, D, H, W). Source of the control:
+    Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
+    """
+    model.load_state_dict(untrained.state_dict())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    momentum = norms[0].momentum
+    for norm in norms:
+        norm.momentum = None
+    model.train()
+    for volumes in batches:
+        model(volumes)
+    model.eval()
+    for norm in norms:
+        norm.momentum = momentum

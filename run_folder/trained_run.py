@@ -5,13 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
-import models
-from loading.cache import Volumes
 from run_folder import checkpoints, files, folds
-from run_folder.device import seed_everything
 from utils import InputError, RunError, is_first, log, some_of
 
 MAX_STATISTICS = 100  # scans that the batch-norm statistics of an untrained network are taken from
@@ -38,31 +34,6 @@ class TrainedFold:
             changed = f"{self.checkpoint_path} has changed since these maps were begun"
             raise RunError(f"{changed}: when training is done, start anew with --overwrite")
         checkpoints.load_weights(self.checkpoint_path, model)
-
-    @torch.no_grad()
-    def draw_weights(
-        self, model: nn.Module, name: str, volumes: Volumes, modelpath: Path, seed: int,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        """Give a model weights that it never had, and its batch norms the statistics of such ones.
-
-        They are cumulative averages over scans that the fold was trained on, in the run's batch
-        size. Source of the control: Adebayo et al., NeurIPS 2018, arXiv:1810.03292.
-        """
-        seed_everything(seed, self.number, purpose="untrained")
-        untrained = models.build_model(name, volumes.shape)  # on the CPU, wherever it runs
-        model.load_state_dict(untrained.state_dict())
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
-        momentum = norms[0].momentum
-        for norm in norms:
-            norm.momentum = None
-        batch, _ = arithmetic(modelpath)
-        model.train()
-        for scans, _ in volumes.batches(self.train_rows, batch, device):
-            model(scans)
-        model.eval()
-        for norm in norms:
-            norm.momentum = momentum
 
     def check_probability(self, modelpath: Path, path: str, found: float, expected: float) -> None:
         """Raise an InputError unless the weights see in a scan what they saw when it was tested."""

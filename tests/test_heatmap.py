@@ -386,15 +386,16 @@ def trained_tensors(run_path: Path, fold: int) -> dict[str, torch.Tensor]:
     return torch.load(run_path / f"state_dict_f{fold}.pth", weights_only=True)
 
 
-def test_untrained_weights_are_none_that_training_has_seen(cohort_csv, run_path):
+def test_untrained_weights_are_none_that_training_has_seen(cohort_csv, run_path, tmp_path):
     """|r| < 4/√n with the fold's first and last weights, in every tensor of n ≥ 100."""
     cohort = dataset.read_cohort(cohort_csv)
+    args = heatmap.parse_args(explain_arguments(cohort_csv, run_path, tmp_path, "--randomize"))
     model = models.build_model("modelT8", SHAPE).eval()
     facts = {"model": "modelT8", "volume_shape": list(SHAPE), "affine": AFFINE.tolist()}
     for fold in trained_run.plan(
         run_path, facts, None, cohort.table, cohort.scans, subjects="test"
     ):
-        fold.draw_weights(model, "modelT8", cohort.volumes(None, 1), run_path, 0, CPU)
+        heatmap.draw_weights(args, cohort, fold, model, CPU)
         drawn = {name: value.clone() for name, value in model.state_dict().items()}
         devices.seed_everything(0, fold.number, 0)
         at_start = models.build_model("modelT8", SHAPE).state_dict()
@@ -409,12 +410,13 @@ def test_untrained_weights_are_none_that_training_has_seen(cohort_csv, run_path)
         assert model.features[1].momentum == 0.1 and not model.training
 
 
-def test_statistics_of_untrained_networks_are_cumulative_averages(cohort_csv, run_path):
+def test_statistics_of_untrained_networks_are_cumulative_averages(cohort_csv, run_path, tmp_path):
     cohort = dataset.read_cohort(cohort_csv)
+    args = heatmap.parse_args(explain_arguments(cohort_csv, run_path, tmp_path, "--randomize"))
     facts = {"model": "modelT8", "volume_shape": list(SHAPE), "affine": AFFINE.tolist()}
     fold = trained_run.plan(run_path, facts, None, cohort.table, cohort.scans, subjects="test")[0]
     model = models.build_model("modelT8", SHAPE).eval()
-    fold.draw_weights(model, "modelT8", cohort.volumes(None, 1), run_path, 0, CPU)
+    heatmap.draw_weights(args, cohort, fold, model, CPU)
     batches = cohort.volumes(None, 1).batches(fold.train_rows, 4, CPU)
     with torch.no_grad():
         outputs = [model.features[0](volumes) for volumes, _ in batches]
