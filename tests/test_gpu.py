@@ -150,6 +150,16 @@ def test_maps(cohort_csv, run_path, tmp_path, batch):
     finish(start_on_gpu("heatmap.py", controls))
 
 
+def test_predictions_are_the_cpus(cohort_csv, run_path, tmp_path):
+    """Of the trained scans, which are at hand."""
+    arguments = ["--path", cohort_csv, "--modelpath", run_path, "--model", "modelT8",
+                 "--allow-trained", "--device", "cpu", "--outpath"]  # fmt: skip
+    finish(start("predict.py", *arguments, tmp_path / "cpu"))
+    finish(start_on_gpu("predict.py", [*arguments, tmp_path / "gpu"]))
+    found = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("gpu", "cpu")]
+    pd.testing.assert_frame_equal(*found, atol=TOLERANCE)
+
+
 @pytest.mark.skipif(IS_REAL, reason="this host has as many GPUs as it has")
 def test_more_processes_than_gpus_are_told_at_once(cohort_csv, tmp_path):
     """In one sentence, before anybody waits for anybody."""
