@@ -1,5 +1,6 @@
 """A cohort seen at a glance: the same slices of its scans, those least like the mean first."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,19 +12,23 @@ from reporting.pictures import label_of, save_figure
 from utils import log, progress
 
 N_SHOWN, N_NAMED, N_COLUMNS, ROW_INCHES = 60, 10, 10, 0.9
+GRID_VOXELS = 20**3  # 1.6 GB of 50,000 scans
 N_LOOKED_AT = 100  # scans of a cohort by a dry run
 GROUPS = {"least like the mean": "#c33", "most": "#393", "first": "#36c", "last": "#666"}
 
 
 def likeness(volumes: Volumes, rows: Sequence[int]) -> np.ndarray:
-    """Return the correlation of some scans with their mean, (n,); NaN of a flat one."""
-    mean = np.zeros(volumes.n_voxels)
-    for row in progress(rows, "their mean", unit="scan"):
-        mean += volumes[row].ravel() / len(rows)
+    """Return the correlation of some scans with their mean, (n,); NaN of a flat one.
+
+    It is taken over a grid of about `GRID_VOXELS` voxels, so that scans are read once.
+    """
+    step = math.ceil((volumes.n_voxels / GRID_VOXELS) ** (1 / 3))
+    grid = (slice(step // 2, None, step),) * 3
+    bar = progress(rows, "at a glance", unit="scan")
+    values = np.stack([volumes[row][grid].ravel() for row in bar])
+    mean = values.mean(0, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.array(
-            [np.corrcoef(volumes[row].ravel(), mean)[0, 1] for row in progress(rows, "at a glance")]
-        )
+        return np.array([np.corrcoef(each, mean)[0, 1] for each in values])
 
 
 def choose(r: np.ndarray) -> list[tuple[int, str]]:

@@ -24,9 +24,12 @@ def odd_cohort(tmp_path):
     return dataset.read_cohort(tmp_path / "data.csv")
 
 
-def test_odd_scans_are_least_like_the_mean(odd_cohort, tmp_path):
+def test_odd_scans_are_least_like_the_mean(odd_cohort, tmp_path, monkeypatch):
     volumes = odd_cohort.volumes(None, 0)
+    on_grid = glance.likeness(volumes, range(8))
+    monkeypatch.setattr(glance, "GRID_VOXELS", volumes.n_voxels)
     r = glance.likeness(volumes, range(8))
+    assert abs(on_grid - r).max() < 0.05 and (on_grid != r).all()
     rows = np.stack([volumes[i].ravel() for i in range(8)]).astype(float)
     expected = [np.corrcoef(row, rows.mean(0))[0, 1] for row in rows]
     assert r == pytest.approx(expected)
