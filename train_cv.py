@@ -201,8 +201,8 @@ def dry_run(
         f"{len(cohort.scans)} scans, {n_train} of them to train on in the largest fold",
         f"a training step of {args.batch} scans: {utils.duration(step_s)}, peak memory "
         f"{devices.peak_gb(device):.3g} GB{kept}",
-        f"models that should fit into the {room_gb:.3g} GB that are free, {args.batch} scans at a "
-        f"time: {models.that_fit(cohort.volume_shape, args.batch, room_gb)}",
+        f"models that should fit into the {room_gb:.3g} GB that are free, at --batch {args.batch}: "
+        f"{models.that_fit(cohort.volume_shape, args.batch, room_gb)}",
         f"an epoch of training: about {utils.duration(epoch_s)}; {args.fold} folds: {shortest} if "
         f"no epoch is better than the first, {longest} for all {args.epochs} epochs",
         *files.check_room(needs),

@@ -23,7 +23,9 @@ def test_training(cohort_csv, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16 scans, 6 of them to train on in the largest fold" in shown
     assert re.search(r"a training step of 4 scans: [\d.]+ s, peak memory [\d.]+ GB", shown)
-    assert re.search(r"models that should fit into the [\d.]+ GB that are free, 4 .*modelT8", shown)
+    assert re.search(
+        r"models that should fit into the [\d.]+ GB that are free, at --batch 4: modelT8", shown
+    )
     assert re.search(r"an epoch of training: about [\d.]+ s; 2 folds: [\d.]+ s if no", shown)
     assert re.search(r"disk: at most [\d.e-]+ GB of weights; free: .* below .*new/run", shown)
     assert re.search(r"disk: at most 0.000956 GB of decoded scans; free: .* below .*cache", shown)
