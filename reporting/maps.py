@@ -207,7 +207,9 @@ def title_of(sidecar: dict) -> str:
         title += f" · {'untrained ' * bool(sidecar.get('random_weights'))}{model}"
     if n_folds := len(of_folds) or sidecar.get("n_folds"):
         title += f" · {n_folds} folds"
-    n_scans = sum(n for n in of_folds.values() if isinstance(n, int))
+    counts = [n for n in of_folds.values() if isinstance(n, int)]
+    is_each_once = sidecar.get("subjects", "test") == "test"
+    n_scans = sum(counts) if is_each_once else max(counts, default=0)
     title += f", {n_scans} scans" * bool(n_scans)
     return title + ", not all held out" * (sidecar.get("held_out") is False)
 

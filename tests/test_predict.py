@@ -224,6 +224,8 @@ def test_new_subjects_are_explained_by_every_fold(new_csv, run_path, predicted_p
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     sidecar = json.loads((tmp_path / "GGC_map_all.json").read_text())
     assert sidecar["held_out"] is True and sidecar["subjects"] == "new"
+    page = (tmp_path / "GGC_map_all.html").read_text()
+    assert f"{N_FOLDS} folds, {N_NEW} scans" in page  # each of them explained by every fold
     predicted = pd.read_csv(predicted_path / "predictions.csv").set_index("path")
     for row in table.itertuples():
         expected = predicted.loc[row.path, f"probability_f{row.fold}"]
