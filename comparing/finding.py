@@ -107,7 +107,7 @@ def judge(table: pd.DataFrame, maps: dict[str, Map]) -> pd.DataFrame:
             floors.append((row_of_control["dice_matched"], np.hypot(error, its_error)))
         is_above = [row["dice_matched"] > f + N_ERRORS * np.nan_to_num(e) for f, e in floors]
         untrained = floors[1][0] if len(floors) > 1 else np.nan
-        fails = "" if is_above[-1] else f"untrained networks reach {untrained:.2f}"
+        fails = "" if is_above[-1] else f"not surely above untrained networks' {untrained:.2f}"
         fails = fails if is_above[0] else "not surely above chance"
         fails = "fewer voxels than the reference" if row["degenerate"] else fails
         rows[name] = {

@@ -174,7 +174,7 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
     })  # fmt: skip
     judged = finding.judge(table, maps)
     assert judged["fails"].to_dict() == {
-        "A": "untrained networks reach 0.25", "B": "", "C": "not surely above chance",
+        "A": "not surely above untrained networks' 0.25", "B": "", "C": "not surely above chance",
         "D": "fewer voxels than the reference",
     }  # fmt: skip
     assert judged.loc["A", "untrained"] == 0.25 and np.isnan(judged.loc["B", "untrained"])
