@@ -121,7 +121,7 @@ def sentence_of(judged: pd.DataFrame, settings: Settings, is_void: bool) -> str:
     """Return which maps find the reference, and which do not."""
     ranked = judged.sort_values("dice", ascending=False)
     found, others = ranked[ranked["fails"] == ""], ranked[ranked["fails"] != ""]
-    said = f"{len(found)} of {len(ranked)} maps find the reference"
+    said = f"{len(found)} of {len(ranked)} maps overlap the reference better than chance"
     if len(found):
         said += f": {', '.join(f'{name} {dice:.2f}' for name, dice in found['dice'].items())}"
     said += f" (Dice of {settings.how}; chance is {judged['chance'].iloc[0]:.3f})."

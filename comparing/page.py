@@ -51,9 +51,10 @@ def explanations(settings: Settings, space: Space, has_ig_contrast: bool) -> dic
     said = {
         "bars_say": "Bars: how well the strongest voxels of a map, as many as the reference has, "
         "overlap it (Dice: 1 is all, 0 nothing; ± standard error over scans). Dotted: chance. "
-        "Orange: the same map of untrained networks. Grey: not above both by two standard errors. "
-        f"Evidence is {how}; every other setting stands below."
-        + " The contrast of IG reads with the other sign."
+        "Purple: the same map of untrained networks. Grey: not above both by two standard errors. "
+        f"Evidence is {how}; every other setting stands below. A contrast is patients' mean map "
+        "less controls'; what made the maps is said under Methods."
+        + " The contrast of IG has its evidence of atrophy in positive values."
         * has_ig_contrast
         if space.inside is not None
         else "",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # matplotlib and nilearn take seconds: they are imported wher
     from matplotlib.colors import ListedColormap
 
 MAP_DPI = 200
+LETTERS_AT_14 = 108  # of a title that fills the picture at 14 points
 OUTLINE_COLOR = "#6aff4d"
 VIEWER_HEADING = (
     '<div style="font: 15px system-ui, sans-serif; padding: 6px 10px"><b>{title}</b><br>{said}. '
@@ -96,7 +97,7 @@ def draw_slices(
     for row, axis in enumerate("xyz"):
         display = plotting.plot_stat_map(
             map_img, background_img, display_mode=axis, cut_coords=cuts[axis], figure=figure,
-            axes=(0.005, 0.63 - 0.315 * row, 0.9, 0.305), colorbar=False, draw_cross=False,
+            axes=(0.005, 0.63 - 0.315 * row, 0.885, 0.305), colorbar=False, draw_cross=False,
             black_bg=True, cmap=cmap, vmax=limit, vmin=-limit, threshold=threshold,
         )  # fmt: skip
         if reference_img is not None:
@@ -105,17 +106,18 @@ def draw_slices(
     colors = cmap(Normalize(-limit, limit)(values))
     colors[np.abs(values) < threshold] = (0.25, 0.25, 0.25, 1)
     scale = ScalarMappable(Normalize(-limit, limit), ListedColormap(colors))
-    bar = figure.colorbar(scale, cax=figure.add_axes((0.915, 0.16, 0.012, 0.62)))
+    bar = figure.colorbar(scale, cax=figure.add_axes((0.895, 0.24, 0.012, 0.62)))
     bar.set_ticks([-limit, -threshold, 0, threshold, limit])
-    bar.ax.set_yticklabels([f"{v:.2g}" for v in bar.get_ticks()], color="white", fontsize=9)
+    bar.ax.set_yticklabels([f"{v:.2g}" for v in bar.get_ticks()], color="white", fontsize=11)
     bar.ax.tick_params(color="white")
-    bar.set_label(unit, color="white", fontsize=9)
-    outlined = "" if reference_img is None else "; green: the reference"
-    hidden = f"between −{threshold:.2g} and {threshold:.2g} transparent{outlined}"
+    bar.set_label(unit, color="white", fontsize=11)
+    hidden = f"within ±{threshold:.2g}\ntransparent"
     if not map_img.get_fdata().any():
-        hidden = f"the map is 0 everywhere{outlined}"
-    figure.text(0.01, 0.96, title, color="white", fontsize=12, va="center")
-    figure.text(0.99, 0.96, hidden, color="0.7", fontsize=9, va="center", ha="right")
+        hidden = "the map is 0\neverywhere"
+    hidden += "\ngreen: reference" * (reference_img is not None)
+    size = min(14, 14 * LETTERS_AT_14 / len(title))
+    figure.text(0.01, 0.96, title, color="white", fontsize=size, va="center")
+    figure.text(0.895, 0.125, hidden, color="0.8", fontsize=9.5, va="top")
     paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
     for path in paths:
         save_figure(figure, path, dpi=MAP_DPI)

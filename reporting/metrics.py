@@ -175,7 +175,8 @@ def verdict(table: pd.DataFrame) -> Verdict | None:
     of_one_class = folds.index[(n_patients == 0) | (n_controls == 0)]
     unlearned = named("fold", folds.index[folds["learned"] == 0]) if "learned" in folds else ""
     auc = f"ROC AUC {value:.2f} [{low:.2f}, {high:.2f}]"
-    found = [f"{auc}, the mean of {len(folds)} folds on held-out scans"]
+    n_scans = int(sum(folds[count].sum() for count in COUNTS[1:]))
+    found = [f"{auc}, the mean of {len(folds)} folds on {n_scans} held-out scans"]
     if not low > CHANCE:
         found.append(f"its interval does not lie above {CHANCE}, which is chance")
     if len(of_one_class):

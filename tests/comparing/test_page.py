@@ -107,7 +107,7 @@ def test_the_page_begins_with_the_finding_and_ends_with_how_it_was_made(page_pat
                      "How well the maps overlap the reference", "How well the classifiers did",
                      "Regions", "Methods, to copy", "How this page was made"]  # fmt: skip
     beginning = text.split("<h2>")[0]
-    assert "ROC AUC" in beginning and "maps find the reference" in beginning
+    assert "ROC AUC" in beginning and "maps overlap the reference" in beginning
     assert 'class="bar ' in beginning and "data:image/png" in beginning
     methods = re.search(r'class="methods">(.*?)</p>', text, re.S)[1]
     assert "integrated gradients (Sundararajan et al. 2017" in methods and "n steps 20" in methods
@@ -180,7 +180,7 @@ def test_bars_and_sentence_of_maps_that_find_or_fail():
     assert judged.loc["A", "untrained"] == 0.25 and np.isnan(judged.loc["B", "untrained"])
     said = finding.sentence_of(judged, Settings(["neg"], [10.0], 99, 0), is_void=True)
     assert (
-        "1 of 4 maps find" in said
+        "1 of 4 maps overlap" in said
         and "B 0.30" in said
         and "Not so: D 0.90 (fewer voxels than the reference), A" in said
     )
