@@ -243,11 +243,15 @@ def show_cohort(
 ) -> None:
     """Draw the cohort at a glance, and say what its covariates tell, before a long training."""
     path = args.outpath / "cohort.png"
-    if not utils.is_first() or path.is_file():
+    if not utils.is_first():
         return
-    glance.draw(path, volumes, cohort.table["path"])
-    if cohort.covariates is not None:
-        log.info(covariates.write(args.outpath, cohort.table, cohort.covariates, splits, args.seed))
+    with locked(args.outpath, "cohort", wait=True):  # tasks of a job array come here together
+        if path.is_file():
+            return
+        if cohort.covariates is not None:
+            of_cohort = (cohort.table, cohort.covariates, splits, args.seed)
+            log.info(covariates.write(args.outpath, *of_cohort))
+        glance.draw(path, volumes, cohort.table["path"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -113,7 +113,6 @@ def test_a_second_process_is_told_of_the_first(cohort_csv, tmp_path):
     assert "the same command without --overwrite resumes." in message
 
 
-@pytest.mark.slow
 def test_a_job_array_on_one_folder_and_one_cache(cohort_csv, tmp_path):
     """Three folds by three processes that start together: the same files as of one process."""
     args = train_arguments(cohort_csv, tmp_path / "one", "--fold", "3")

@@ -74,7 +74,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(cohort_csv, tmp
         process.communicate(timeout=90)
     assert process.returncode == 1
     content = torch.load(tmp_path / "checkpoint_f1.pt", weights_only=True)
-    n_epochs = len(content["state"]["history"])
+    n_epochs = len(content["draw"]["history"])
     finish(torchrun(2, "train_cv.py", *arguments))
     assert list(pd.read_csv(tmp_path / "history_f1.csv")["epoch"]) == list(range(1, 201))
     assert f"fold 1 epoch {n_epochs + 1}/200" in (tmp_path / "train_cv.rank1.log").read_text()
