@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import pytest
 import torch
-from conftest import N_SCANS, exit_status, train_arguments, write_cohort
+from conftest import N_FOLDS, N_SCANS, exit_status, train_arguments, write_cohort
 from processes import finish, heatmap_arguments, significant, start, wait_for
 
 import train_cv
@@ -114,18 +114,18 @@ def test_a_second_process_is_told_of_the_first(cohort_csv, tmp_path):
 
 
 def test_a_job_array_on_one_folder_and_one_cache(cohort_csv, tmp_path):
-    """Three folds by three processes that start together: the same files as of one process."""
-    args = train_arguments(cohort_csv, tmp_path / "one", "--fold", "3")
+    """Each fold by a process, which start together: the same files as of one process."""
+    args = train_arguments(cohort_csv, tmp_path / "one")
     train_cv.main(train_cv.parse_args(args))
-    arguments = train_arguments(cohort_csv, tmp_path / "three", "--fold", "3")
+    arguments = train_arguments(cohort_csv, tmp_path / "two")
     arguments += ["--cache-dir", tmp_path / "cache"]
-    tasks = [start("train_cv.py", *arguments, "--only-fold", fold) for fold in range(3)]
+    tasks = [start("train_cv.py", *arguments, "--only-fold", fold) for fold in range(N_FOLDS)]
     finish(*tasks)
-    assert significant(tmp_path / "three") == significant(tmp_path / "one")
+    assert significant(tmp_path / "two") == significant(tmp_path / "one")
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".npy", ".json"}
     assert len(list((tmp_path / "cache").glob("*.npy"))) == N_SCANS
-    logs = {path.name for path in (tmp_path / "three").glob("*.log")}
-    assert logs == {f"train_cv_f{fold}.log" for fold in range(3)}
+    logs = {path.name for path in (tmp_path / "two").glob("*.log")}
+    assert logs == {f"train_cv_f{fold}.log" for fold in range(N_FOLDS)}
 
 
 @pytest.mark.slow
