@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import N_FOLDS, explain_arguments, train_arguments
+from conftest import N_FOLDS, explain, explain_arguments, train_arguments
 from processes import finish, significant, start
 from torch.nn.functional import cross_entropy
 
 import models
+import predict
 from run_folder import device as devices
 
 IS_REAL = torch.cuda.is_available()
@@ -134,8 +135,7 @@ def test_maps(cohort_csv, run_path, tmp_path, batch):
         "--cam",
         "seen",
     )
-    arguments = explain_arguments(cohort_csv, run_path, tmp_path / "cpu", *more)
-    finish(start("heatmap.py", *arguments))
+    explain(cohort_csv, run_path, tmp_path / "cpu", *more)
     arguments = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", *more, "--batch", batch)
     finish(start_on_gpu("heatmap.py", [*arguments, "--dry-run"]))
     assert not (tmp_path / "gpu").exists()
@@ -146,7 +146,7 @@ def test_maps(cohort_csv, run_path, tmp_path, batch):
     for path in paths:
         found, expected = (nib.load(tmp_path / d / path).get_fdata() for d in ("gpu", "cpu"))
         assert abs(found - expected).max() <= TOLERANCE * abs(expected).max(), path
-    controls = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", "--randomize")
+    controls = explain_arguments(cohort_csv, run_path, tmp_path / "gpu", *more[:4], "--randomize")
     finish(start_on_gpu("heatmap.py", controls))
 
 
@@ -154,7 +154,7 @@ def test_predictions_are_the_cpus(cohort_csv, run_path, tmp_path):
     """Of the trained scans, which are at hand."""
     arguments = ["--path", cohort_csv, "--modelpath", run_path, "--model", "modelT8",
                  "--allow-trained", "--device", "cpu", "--outpath"]  # fmt: skip
-    finish(start("predict.py", *arguments, tmp_path / "cpu"))
+    predict.main(predict.parse_args(list(map(str, [*arguments, tmp_path / "cpu"]))))
     finish(start_on_gpu("predict.py", [*arguments, tmp_path / "gpu"]))
     found = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("gpu", "cpu")]
     pd.testing.assert_frame_equal(*found, atol=TOLERANCE)

@@ -96,7 +96,7 @@ def test_pooling_before_the_relu_changes_no_bit_of_training(name):
         model = models.build_model(name, shape).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         losses = []
-        for _ in range(2):
+        for _ in range(3):
             optimizer.zero_grad()
             if in_order:
                 logits = model.classifier(torch.flatten(model.features(volumes), 1))
